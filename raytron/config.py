@@ -1,0 +1,411 @@
+"""The one configuration of a run: frozen dataclasses, read from YAML, checked in one place.
+
+A configuration is complete: every key has its value here, none at the point of use. Checking never changes a value.
+`load` reads a file and `key=value` overrides, and refuses unknown keys with the nearest name; `problems` returns every
+rule that a configuration breaks, each as where / what / remedy. Rules that need the cluster or the data are checked by
+`raytron.plan.plan.make_plan` and by the data set when it is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from raytron.errors import ConfigError, Problem
+
+NormName = Literal["rmsnorm", "layernorm"]
+PositionName = Literal["rope", "learned", "none"]
+ActivationName = Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1"]
+DecayName = Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder. The defaults are Llama's choices; GPT-2, Qwen and Mistral are other values of the same keys."""
+
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 8
+    kv_heads: int | None = None  # None: as many as heads (multi-head attention)
+    head_dim: int | None = None  # None: hidden / heads
+    ffn: int = 704  # width of the feed-forward layer (of each of its two halves, where gated)
+    vocab: int = 4096  # token ids are in [0, vocab)
+    norm: NormName = "rmsnorm"
+    norm_eps: float = 1e-5
+    positions: PositionName = "rope"
+    max_positions: int = 2048  # rows of a learned position table
+    rope_theta: float = 10_000.0
+    activation: ActivationName = "swiglu"
+    qkv_bias: bool = False
+    bias: bool = False  # on the attention output and the feed-forward layers
+    qk_norm: bool = False  # RMS norm of each query and key head
+    window: int | None = None  # sliding attention window in tokens; None: full causal attention
+    tied_embeddings: bool = False
+    dropout: float = 0.0  # embedding and residual dropout probability
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def dim_per_head(self) -> int:
+        return self.hidden // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate beside its up projection."""
+        return self.activation in GATED_ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many ways each axis cuts the work. World size = pp · dp · cp · tp; tp is innermost, pp outermost."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    sequence_parallel: bool = True  # cut norms, dropout and residuals along the sequence over tp (no effect at tp=1)
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    schedule: ScheduleName = "1f1b"
+    virtual_stages: int = 1  # model chunks per pipeline rank (interleaved only)
+    split: tuple[int, ...] | None = None  # layers of each stage, first to last; None: balanced by cost
+
+
+@dataclass(frozen=True)
+class DataParallelConfig:
+    zero: Literal[0, 1, 2] = 1  # 0: all-reduce; 1: optimizer state sharded; 2: gradients sharded too
+    bucket_mb: float = 25.0  # gradient bucket size in MiB of fp32
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and activations; bf16 keeps fp32 masters and reductions
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), decay decoupled from the gradient."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_all: bool = False  # True: also decay norms, biases and embeddings
+    clip_norm: float | None = 1.0  # global gradient norm limit; None: no clipping
+
+
+@dataclass(frozen=True)
+class LearningRateConfig:
+    peak: float = 3e-4
+    final: float = 3e-5  # where cosine, linear and wsd end
+    warmup_steps: int = 0
+    decay: DecayName = "cosine"
+    decay_steps: int | None = None  # the horizon; None: `steps` as they stand when the run begins, then fixed
+    stable_fraction: float = 0.8  # wsd: share of the steps after warmup that stay at the peak
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str | None = None  # a tokenizer.json; None: train a byte-level BPE on the corpus
+    vocab: int = 4096  # size of a trained BPE, the end-of-document token included
+    train_mb: float = 8.0  # MiB of text that it is trained on
+    eod: str = "<|endoftext|>"  # token that ends each document
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str | None = None  # a tokenized data set; None: prepared from `sources` into run_dir/data
+    sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, or the word python-stdlib
+    text_key: str = "text"  # field or column of JSONL and Parquet sources
+    validation_fraction: float = 0.02  # share of documents, chosen by hash, kept for evaluation
+    shard_mb: float = 256.0  # size of an Arrow shard in MiB of tokens
+    max_mb: float | None = None  # stop after this much text; None: all of it
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int | None = 100  # steps between checkpoints; None: only at the end
+    keep_last: int | None = 3  # committed generations to keep; None: all
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    every: int | None = None  # steps between evaluations; None: only at the end
+    batches: int = 4  # validation batches of global_batch_size sequences; 0: no evaluation
+    prompt: str | None = None  # continued greedily when the run ends
+    prompt_tokens: int = 32  # length of that continuation
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    peak_tflops: float | None = None  # of one device, for MFU; None: known devices by name, else no MFU
+    tensorboard: bool = False
+    ray_metrics: bool = True
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    address: str | None = None  # None: RAY_ADDRESS, a surrounding Ray job, or else a local Ray of the run's own
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_worker: float = 1.0
+    threads_per_worker: int | None = None  # torch threads; None: cpu cores shared out evenly
+    detached: bool = False  # the run outlives the process that launched it
+    timeout_s: float = 120.0  # of one collective; a rank silent for longer counts as lost
+    max_restarts: int = 3  # restarts from the last commit before the run gives up
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    allow: tuple[str, ...] = ()  # keys that may differ from the run directory's although they change the result
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is made from."""
+
+    name: str = "run"
+    run_dir: str = "runs/run"
+    steps: int = 100
+    seed: int = 0
+    global_batch_size: int = 16  # sequences per optimizer step, over all ranks
+    micro_batch_size: int = 1  # sequences per forward pass of one rank
+    sequence_length: int = 256  # tokens per sequence
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    data_parallel: DataParallelConfig = field(default_factory=DataParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr: LearningRateConfig = field(default_factory=LearningRateConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches that one data-parallel rank runs in a step (gradient accumulation)."""
+        return self.global_batch_size // (self.micro_batch_size * self.mesh.dp)
+
+    @property
+    def lr_horizon(self) -> int:
+        """Steps over which the learning rate decays."""
+        return self.steps if self.lr.decay_steps is None else self.lr.decay_steps
+
+    def replace(self, **overrides: Any) -> RunConfig:
+        """A copy with dotted keys replaced: `config.replace(**{"mesh.tp": 2, "steps": 10})`."""
+        return from_mapping(_merged(to_mapping(self), overrides))
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a YAML file (or a mapping), then applies `key=value` overrides with dotted keys and YAML values.
+
+    Raises ConfigError with every unknown key, wrong type and unreadable override at once; does not check the rules
+    between values (`problems` does).
+    """
+    raw: Any = source
+    if isinstance(source, str | Path):
+        path = Path(source)
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError([Problem(str(path), reason, "give the path of a YAML file")]) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError([Problem(str(path), f"not valid YAML: {error}", "mend the file")]) from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise ConfigError([Problem(str(source)[:80], "holds no mapping of keys", "write `key: value` lines")])
+    changes: dict[str, Any] = {}
+    found: list[Problem] = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            found.append(Problem(item, "is not of the form key=value", "write e.g. mesh.tp=2"))
+            continue
+        try:
+            changes[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            found.append(Problem(key, f"the value {text!r} is not valid YAML", "quote it"))
+    if found:
+        raise ConfigError(found)
+    return from_mapping(_merged(raw, changes))
+
+
+def from_mapping(raw: Mapping[str, Any]) -> RunConfig:
+    """Builds a RunConfig from nested mappings. Raises ConfigError with every key that is unknown or of a wrong type."""
+    found: list[Problem] = []
+    config = _build(RunConfig, raw, "", found)
+    if found:
+        raise ConfigError(found)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The nested plain mapping of a configuration or one of its parts, tuples as lists."""
+    out: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            value = to_mapping(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        out[item.name] = value
+    return out
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The complete configuration as YAML; `load` of it gives the same configuration."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            out.update(flatten(value, f"{prefix}{key}."))
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with dotted-key changes laid over it; neither argument is changed."""
+    out: dict[str, Any] = {k: _merged(v, {}) if isinstance(v, Mapping) else v for k, v in raw.items()}
+    for dotted, value in changes.items():
+        *parents, leaf = dotted.split(".")
+        node = out
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[leaf] = value
+    return out
+
+
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
+    """Every dotted key below a dataclass, sections included."""
+    hints = get_type_hints(cls)
+    keys = []
+    for item in dataclasses.fields(cls):
+        keys.append(prefix + item.name)
+        if dataclasses.is_dataclass(hints[item.name]):
+            keys += _all_keys(hints[item.name], f"{prefix}{item.name}.")
+    return keys
+
+
+def _nearest(dotted: str, siblings: Sequence[str], prefix: str) -> str:
+    """A remedy that names the known key most like an unknown one: a sibling first, then one of another section."""
+    leaf = dotted.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(leaf, siblings, n=1)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    keys = _all_keys(RunConfig)
+    same_leaf = [key for key in keys if key.rsplit(".", 1)[-1] == leaf]
+    close = same_leaf or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else "known keys here: " + ", ".join(siblings)
+
+
+def _build(cls: Any, raw: Any, prefix: str, found: list[Problem]) -> Any:
+    where = prefix.rstrip(".")
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        found.append(Problem(where, f"{raw!r} is not a section", f"write keys below `{where}:`"))
+        return cls()
+    hints = get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls)]
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in hints or key not in names:
+            found.append(Problem(f"{prefix}{key}", "unknown key", _nearest(f"{prefix}{key}", names, prefix)))
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(hints[key], value, f"{prefix}{key}.", found)
+        else:
+            try:
+                values[key] = _convert(value, hints[key])
+            except (TypeError, ValueError):
+                expected = _type_name(hints[key])
+                found.append(Problem(f"{prefix}{key}", f"{value!r} is not {expected}", f"give {expected}"))
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as a value of type `hint`; raises TypeError or ValueError where it is none."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value in get_args(hint) and not isinstance(value, bool):
+            return value
+        if str(value) in get_args(hint):  # YAML reads words such as 1f1b or off as something else
+            return str(value)
+        raise ValueError
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(value, next(arm for arm in get_args(hint) if arm is not type(None)))
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, Sequence):
+            raise TypeError
+        return tuple(_convert(item, get_args(hint)[0]) for item in items)
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        raise TypeError
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise TypeError
+        number = float(value)  # accepts 1e6, which YAML reads as text
+        if number != int(number):
+            raise ValueError
+        return int(value) if isinstance(value, int) else int(number)
+    if hint is float:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise TypeError
+
+
+def _type_name(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(arm) for arm in get_args(hint))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if arm is type(None) else _type_name(arm) for arm in get_args(hint))
+    if origin is tuple:
+        return f"a list of which each item is {_type_name(get_args(hint)[0])}"
+    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[hint]
