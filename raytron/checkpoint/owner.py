@@ -1,0 +1,70 @@
+"""Who is writing a generation, so that leftovers are removed but never from under a writer.
+
+The coordinator of a save puts a WRITING file into the new directory: the machine's boot and process namespace, its
+process id and that process's start time. Somebody who shares the namespace can tell for certain whether that process
+still lives; others can only go by age. A coordinator that gives up, but lives on, leaves ABANDONED instead.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from raytron.checkpoint.files import from_json, read_file, to_json, write_durably
+from raytron.errors import CheckpointError
+
+WRITING = "WRITING"
+ABANDONED = "ABANDONED"
+
+
+def claim(directory: Path) -> None:
+    """Say that this process writes a generation. Raises OSError."""
+    owner = {"place": _place(), "process": os.getpid(), "born": _born(os.getpid())}
+    write_durably(directory / WRITING, to_json(owner))
+
+
+def release(directory: Path) -> None:
+    """The generation is committed and nobody writes it any more."""
+    (directory / WRITING).unlink(missing_ok=True)
+
+
+def is_ownerless(directory: Path, abandoned_after_s: float) -> bool:
+    """Whether nobody can be writing an uncommitted generation; in doubt, only if nothing changed for so long."""
+    if (directory / ABANDONED).exists():
+        return True
+    try:
+        owner = from_json(directory / WRITING, read_file(directory / WRITING))
+    except CheckpointError:
+        owner = {}
+    process = owner.get("process")
+    place = _place()
+    if place is not None and place == owner.get("place") and type(process) is int:
+        return _born(process) != owner.get("born")
+    return time.time() - _last_change(directory) > abandoned_after_s
+
+
+def _place() -> str | None:
+    """Processes with an equal place see each other's process ids; None where this can't be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _born(process: int) -> str | None:
+    """Start time of a living process in clock ticks since boot; None where there is no such process."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _last_change(directory: Path) -> float:
+    """Newest modification time in a directory; now, if it is changing while we look."""
+    try:
+        return max(entry.stat().st_mtime for entry in (directory, *directory.iterdir()))
+    except OSError:
+        return time.time()

@@ -1,0 +1,84 @@
+"""The ranks that save or load together, and how a failure of one reaches them all.
+
+Objects travel over the given process group. Give a gloo group where the default one is NCCL: a checkpoint's plans need
+no device, and a collective of objects on NCCL would put them on one. A rank that *dies* is no failure in this sense: the
+others get torch.distributed's own error after the group's timeout.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from raytron.errors import CheckpointError
+
+T = TypeVar("T")
+
+
+class Agreed(CheckpointError):
+    """A failure that concerns all ranks alike, so that no rank is named for it."""
+
+
+class Peers:
+    """A process group seen from one of its ranks; a single process where torch.distributed is not initialised.
+
+    alone: stay a single process although torch.distributed is initialised.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, alone: bool = False):
+        self.alone = alone or not (dist.is_available() and dist.is_initialized())
+        self.group = group
+        self.rank = 0 if self.alone else dist.get_rank(group)
+        self.size = 1 if self.alone else dist.get_world_size(group)
+        if self.rank < 0:
+            raise CheckpointError("this rank is not part of the process group that saves or loads a checkpoint")
+
+    def attempt(self, what: str, function: Callable[[], T]) -> list[T]:
+        """Every rank's result, in order. If any rank fails, CheckpointError on every rank, naming all that failed."""
+        result: T | None = None
+        error: str | None = None
+        try:
+            result = function()
+        except Exception as exception:
+            error = brief(exception)
+        outcomes = self._gather((result, error))
+        failed = {rank: text for rank, (_, text) in enumerate(outcomes) if text is not None}
+        if failed:
+            raise CheckpointError(_message(what, failed, self.size))
+        return [result for result, _ in outcomes]  # type: ignore[misc]
+
+    def _gather(self, value: T) -> list[T]:
+        if self.alone:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values  # type: ignore[return-value]
+
+    def translate(self, what: str, failure: CheckpointException) -> CheckpointError:
+        """torch's report of the ranks that failed as ours."""
+        errors = {rank: exception for rank, (exception, _) in failure.failures.items()}
+        for exception in errors.values():
+            if isinstance(exception, Agreed):
+                return CheckpointError(str(exception))
+        return CheckpointError(_message(what, {rank: brief(each) for rank, each in errors.items()}, self.size))
+
+
+def brief(exception: BaseException) -> str:
+    """An exception in a few words; with the place that raised it, unless it is one that names its file."""
+    if isinstance(exception, CheckpointError):
+        return str(exception)
+    if isinstance(exception, OSError) and exception.filename and exception.strerror:
+        return f"{exception.filename}: {exception.strerror}"
+    frames = traceback.extract_tb(exception.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(exception).__name__}: {exception}{place}"
+
+
+def _message(what: str, failed: dict[int, str], size: int) -> str:
+    if size == 1:
+        return f"{what}: {failed[0]}"
+    return "\n  ".join([f"{what}:", *(f"rank {rank}: {text}" for rank, text in sorted(failed.items()))])
