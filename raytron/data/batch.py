@@ -1,0 +1,56 @@
+"""What a training step is fed: a batch of samples, and the interface of whatever makes them.
+
+Every sample of a run has a number, its *id*: 0, 1, 2, … without end. The step that begins after C consumed samples owns
+the ids [C, C + global batch). A data-parallel rank reads one *part* of that range: contiguous, and as equal as can be.
+
+    ids  0 1 2 3 4 5 6   cut in 3 parts   →   0 1 2 | 3 4 | 5 6
+
+What a sample holds depends on its id (and on the seed) alone, never on the number of parts. So another mesh reads the
+same samples, and the only state that a resume needs is C.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Batch(NamedTuple):
+    """Some samples of a step; n is their number (it may be 0) and S the sequence length in tokens."""
+
+    ids: NDArray[np.int64]  # (n,) sample ids, ascending
+    tokens: NDArray[np.int64]  # (n, S)
+    labels: NDArray[np.int64]  # (n, S) the token that follows each of `tokens`
+    weights: NDArray[np.float32]  # (n, S) 1 where the label counts in the loss, 0 where it does not
+
+
+class TokenStream(Protocol):
+    """An endless sequence of samples, read by id. Implementations are pure: the same arguments, the same batch."""
+
+    @property
+    def sequence_length(self) -> int:
+        """S: tokens of a sample."""
+        ...
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Number of consecutive ids, from a multiple of itself on, that visit every sample of the data set once."""
+        ...
+
+    def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
+        """Part `part` of `parts` of the samples with ids [first, first + count). Raises DataError."""
+        ...
+
+
+def part_of(first: int, count: int, part: int, parts: int) -> tuple[int, int]:
+    """The ids [start, stop) of one part: contiguous, in order, ⌈count / parts⌉ ids in the first parts, else ⌊⌋.
+
+    Raises ValueError where the part is not in [0, parts) or a number is negative.
+    """
+    if first < 0 or count < 0 or not 0 <= part < parts:
+        raise ValueError(f"no part {part} of {parts} in {count} samples from id {first} on")
+    each, longer = divmod(count, parts)
+    start = first + part * each + min(part, longer)
+    return start, start + each + (part < longer)

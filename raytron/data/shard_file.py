@@ -1,0 +1,139 @@
+"""One file of tokens: an uncompressed Arrow IPC file that is read in place.
+
+A shard is one record batch, a row a document:
+
+    tokens: large_list<uint16 | uint32>   the document's ids, its end-of-document token last
+    doc_id: uint64                        what chose its split
+
+Arrow stores a list column as two flat buffers, so the whole shard is one array of tokens, in which a training sample is
+one slice, and one array of offsets, where the documents begin: no index file, nothing is scanned or copied at start-up.
+
+    values    t t t t e t t e t t t t t e        offsets    0 5 8 14
+
+A shard is written beside its name, flushed to the disk, then renamed: a name that exists is a shard that is whole.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from raytron.errors import DataError, Problem
+
+CHUNK_BYTES = 8 * 2**20
+REBUILD = "tokenize the data set again, or restore it from a copy"
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The arrays of one shard, as views of the file."""
+
+    path: Path
+    tokens: NDArray[np.uint16] | NDArray[np.uint32]  # (number of tokens,)
+    offsets: NDArray[np.int64]  # (documents + 1,): document d is tokens[offsets[d]:offsets[d + 1]]
+    doc_ids: NDArray[np.uint64]  # (documents,)
+
+    @property
+    def documents(self) -> int:
+        return len(self.doc_ids)
+
+
+def token_dtype(vocab: int) -> type[np.uint16] | type[np.uint32]:
+    """The narrowest type that holds every id of a vocabulary."""
+    return np.uint16 if vocab <= 2**16 else np.uint32
+
+
+def write_shard(
+    path: Path,
+    tokens: NDArray[np.uint16] | NDArray[np.uint32],
+    offsets: NDArray[np.int64],
+    doc_ids: NDArray[np.uint64],
+) -> None:
+    """Writes a shard so that it is either whole or absent. Shapes as in `Shard`; the folder must exist."""
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(tokens))
+    schema = pa.schema([pa.field("tokens", lists.type), pa.field("doc_id", pa.uint64())])
+    rows = pa.record_batch([lists, pa.array(doc_ids, pa.uint64())], schema=schema)
+    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(rows)
+
+
+def read_shard(path: Path) -> Shard:
+    """Maps a shard into memory, checking its structure but not its contents.
+
+    Pages are read ahead only as far as they are asked for: samples are read in random order, and the system's guess
+    would multiply what is read from a cold disk. Raises DataError.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)
+        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped)))
+        if reader.num_record_batches != 1:
+            raise ValueError(f"{reader.num_record_batches} record batches where there should be one")
+        rows = reader.get_batch(0)
+        lists = rows.column("tokens")
+        if not pa.types.is_large_list(lists.type) or lists.type.value_type not in (pa.uint16(), pa.uint32()):
+            raise ValueError(f"the column `tokens` is {lists.type}, not a large list of uint16 or uint32")
+        return Shard(
+            path,
+            lists.values.to_numpy(zero_copy_only=True),
+            lists.offsets.to_numpy(zero_copy_only=True),
+            rows.column("doc_id").to_numpy(zero_copy_only=True),
+        )
+    except FileNotFoundError:
+        raise DataError(Problem(str(path), "the shard is missing", REBUILD)) from None
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(Problem(str(path), f"not a readable shard: {error}", REBUILD)) from None
+
+
+def join_shards(shards: Sequence[Shard]) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint64]]:
+    """The tokens, offsets and document ids of several shards (at least one) as one, in order."""
+    tokens = np.concatenate([shard.tokens for shard in shards])
+    lengths = np.concatenate([np.diff(shard.offsets) for shard in shards])
+    return tokens, offsets_of(lengths), np.concatenate([shard.doc_ids for shard in shards])
+
+
+def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where documents of these lengths (d,) begin, and the end: (d + 1,)."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def digest_of(path: Path) -> str:
+    """The xxh3-128 digest of a file's bytes, in hex."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; on leaving it is flushed to the disk and renamed to `path`, on failure removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Returns when a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
