@@ -84,12 +84,17 @@ class Timeline:
         spans = zip(self.start, self.end, self.busy, strict=True)
         return max(end[-1] - start[0] - busy for start, end, busy in spans if end)
 
+    @property
+    def mean_idle(self) -> float:
+        """The share of the makespan in which a rank is idle, on average over the ranks."""
+        return sum(map(self.idle, range(len(self.busy)))) / len(self.busy)
+
     def idle(self, rank: int) -> float:
         """The share of the makespan in which one rank is idle."""
         return 1 - self.busy[rank] / self.makespan if self.makespan else 0.0
 
 
-def simulate(schedule: Schedule, cost: Cost = Cost()) -> Timeline:  # noqa: B008  frozen
+def simulate(schedule: Schedule, cost: Cost = Cost()) -> Timeline:
     """The times of all actions. Raises ScheduleError naming who waits for whom where the schedule would never end."""
     return _Simulation(schedule, cost).run()
 

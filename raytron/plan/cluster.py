@@ -1,0 +1,93 @@
+"""What a cluster offers, as a value: the planner compares a mesh with it without asking the cluster."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from raytron.config import ClusterConfig
+from raytron.errors import Problem
+
+
+@dataclass(frozen=True)
+class NodeShape:
+    """One node. cpus and gpus as its scheduler counts them; memory_bytes of the host; device_name of its GPUs."""
+
+    name: str
+    cpus: float
+    gpus: float = 0
+    memory_bytes: int = 0
+    device_name: str | None = None
+
+    def slots(self, config: ClusterConfig, device: str) -> int:
+        """How many workers fit."""
+        by_cpu = int(self.cpus / config.cpus_per_worker + 1e-9)
+        return min(by_cpu, int(self.gpus)) if device == "cuda" else by_cpu
+
+    def __str__(self) -> str:
+        gpus = f", {self.gpus:g} GPUs" + (f" ({self.device_name})" if self.device_name else "") if self.gpus else ""
+        return f"{self.name}: {self.cpus:g} CPUs{gpus}"
+
+
+@dataclass(frozen=True)
+class ClusterShape:
+    """The nodes of a cluster."""
+
+    nodes: tuple[NodeShape, ...]
+
+    @classmethod
+    def local(cls, cpus: float) -> ClusterShape:
+        """One node without GPUs: what a run has that starts a local cluster of its own."""
+        return cls((NodeShape(socket.gethostname(), cpus),))
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+    @property
+    def device_name(self) -> str | None:
+        """The name of the GPUs, where all nodes with GPUs have the same."""
+        names = {node.device_name for node in self.nodes if node.gpus}
+        return names.pop() if len(names) == 1 else None
+
+    def device(self, config: ClusterConfig) -> str:
+        """cpu or cuda: as configured, and where that is `auto`, cuda if the cluster has a GPU."""
+        if config.device != "auto":
+            return config.device
+        return "cuda" if self.gpus else "cpu"
+
+    def slots(self, config: ClusterConfig) -> int:
+        """How many workers fit on all nodes."""
+        return sum(node.slots(config, self.device(config)) for node in self.nodes)
+
+    def __str__(self) -> str:
+        count = len(self.nodes)
+        gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
+        return f"{count} node{'s' if count != 1 else ''} with {self.cpus:g} CPUs{gpus}"
+
+
+def too_small(cluster: ClusterShape, config: ClusterConfig, world: int, mesh: str) -> list[Problem]:
+    """A problem if `world` workers don't fit: what the cluster has, what the mesh needs, and what would fit."""
+    slots, device = cluster.slots(config), cluster.device(config)
+    if world <= slots:
+        return []
+    each = f"{config.cpus_per_worker:g} CPU" + (" and 1 GPU" if device == "cuda" else "")
+    what = f"{mesh} needs {world} workers of {each} each, and the cluster ({cluster}) has room for {slots}"
+    remedies = [f"use a mesh of at most {slots} workers" if slots else "add nodes"]
+    if device == "cuda" and cluster.gpus < world:
+        remedies.append(f"add {world - cluster.gpus:g} GPUs")
+        if config.device == "auto":
+            remedies.append("set cluster.device to cpu")
+    else:
+        largest = cluster.cpus / world
+        remedies.append(f"add nodes, or set cluster.cpus_per_worker to {_floor(largest):g} or less")
+    return [Problem("mesh", what, ", or ".join(remedies))]
+
+
+def _floor(value: float) -> float:
+    """A little less than a positive value, in at most three decimals."""
+    return max(0.001, int(value * 1000) / 1000)

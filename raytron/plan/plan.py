@@ -1,0 +1,177 @@
+"""The plan of a run: everything that is decided before a device is touched, as one value.
+
+`make_plan` checks a configuration, cuts the layers into stages, generates the schedule, proves on paper that it ends, and
+counts bytes and FLOPs. Workers get the plan and hold no policy of their own; to go on with other resources is to make
+another plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raytron.config import RunConfig
+from raytron.errors import ConfigError
+from raytron.plan import draw, flops, split
+from raytron.plan.cluster import ClusterShape, NodeShape, too_small
+from raytron.plan.memory import Memory, estimate
+from raytron.plan.mesh import MeshShape
+from raytron.plan.schedule import Schedule, forward_only, generate
+from raytron.plan.simulate import Cost, Timeline, simulate
+from raytron.rules import problems
+
+__all__ = ["ClusterShape", "NodeShape", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every worker of a run carries out.
+
+    stages: the layers [a, b) of each global stage. evaluation: the schedule of forwards alone, with the same placement.
+    memory: bytes on each pipeline rank. timeline: the simulated schedule; its unit is the mean forward of a stage.
+    """
+
+    config: RunConfig
+    mesh: MeshShape
+    stages: tuple[tuple[int, int], ...]
+    schedule: Schedule
+    evaluation: Schedule
+    memory: Memory
+    timeline: Timeline
+    cluster: ClusterShape | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of all ranks in one optimizer step."""
+        return self.config.global_batch_size * self.config.sequence_length
+
+    @property
+    def bubble(self) -> float:
+        """The expected share of a step's forwards and backwards in which the busiest pipeline rank is idle."""
+        return self.timeline.bubble
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of training for each token, by `raytron.plan.flops.FORMULA`."""
+        return flops.flops_per_token(self.config.model, self.config.sequence_length)
+
+    def __str__(self) -> str:
+        return "\n\n".join([_head(self), _pipeline(self), _bytes(self), _work(self)])
+
+
+def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
+    """The plan of a run on a cluster; None: without regard to one.
+
+    Raises ConfigError with every problem of the configuration, a mesh that is larger than the cluster included.
+    """
+    found = problems(config)
+    if cluster is not None and not {"mesh", "cluster"} & {problem.where.split(".")[0] for problem in found}:
+        mesh = MeshShape.of(config.mesh)
+        found += too_small(cluster, config.cluster, mesh.world, str(mesh))
+    if found:
+        raise ConfigError(found)
+    pp, chunks = config.mesh.pp, config.pipeline.virtual_stages
+    stages = split.ranges(config.pipeline.split or split.balanced(layer_costs(config), pp * chunks))
+    schedule = generate(config.pipeline.schedule, pp, chunks, config.microbatches)
+    evaluation = forward_only(pp, chunks, config.microbatches)
+    simulate(evaluation)
+    return Plan(
+        config=config,
+        mesh=MeshShape.of(config.mesh),
+        stages=stages,
+        schedule=schedule,
+        evaluation=evaluation,
+        memory=estimate(config, stages, schedule),
+        timeline=simulate(schedule, stage_cost(config, stages)),
+        cluster=cluster,
+    )
+
+
+def layer_costs(config: RunConfig) -> list[float]:
+    """Forward FLOPs of each layer for one token, the embedding counted with the first and the head with the last.
+
+    The embedding's look-up has no FLOPs; it counts as one pass over the hidden channels.
+    """
+    model = config.model
+    costs = [flops.layer_forward_flops(model, config.sequence_length)] * model.layers
+    costs[0] += 2 * model.hidden
+    costs[-1] += flops.head_forward_flops(model)
+    return costs
+
+
+def stage_cost(config: RunConfig, stages: Sequence[tuple[int, int]]) -> Cost:
+    """What one micro-batch costs in each stage, by FLOPs, the mean forward of a stage being 1; transfers are free.
+
+    The attention itself has no weights: its backward belongs to the input gradient alone.
+    """
+    costs = layer_costs(config)
+    attention = flops.attention_forward_flops(config.model, config.sequence_length)
+    forward = [sum(costs[begin:end]) for begin, end in stages]
+    scores = [attention * (end - begin) for begin, end in stages]
+    unit = sum(forward) / len(forward)
+    pairs = list(zip(forward, scores, strict=True))
+    return Cost(
+        forward=tuple(f / unit for f in forward),
+        input_grad=tuple((f + s) / unit for f, s in pairs),
+        weight_grad=tuple((f - s) / unit for f, s in pairs),
+    )
+
+
+def _head(plan: Plan) -> str:
+    config, model = plan.config, plan.config.model
+    heads = f"{model.heads} heads" + (f" ({model.num_kv_heads} KV)" if model.num_kv_heads != model.heads else "")
+    device = f" on {plan.cluster}" if plan.cluster is not None else ""
+    zero = f"ZeRO {config.data_parallel.zero}"
+    along = ", sequence parallel" if config.mesh.sequence_parallel and plan.mesh.tp > 1 else ""
+    return "\n".join(
+        [
+            f"{config.name}: {draw.amount(flops.parameters(model))}parameters, {config.steps} steps of "
+            f"{plan.tokens_per_step:,} tokens",
+            f"model     {model.layers} layers, hidden {model.hidden}, {heads}, feed-forward {model.ffn} "
+            f"{model.activation}, vocabulary {model.vocab}",
+            f"mesh      {plan.mesh}: {plan.mesh.world} workers{device}; {zero}{along}, {config.precision.dtype}",
+            f"batch     {config.global_batch_size} sequences of {config.sequence_length} tokens = {plan.mesh.dp} replicas × "
+            f"{config.microbatches} micro-batches × {config.micro_batch_size}",
+        ]
+    )
+
+
+def _pipeline(plan: Plan) -> str:
+    sizes = [end - begin for begin, end in plan.stages]
+    shown = " ".join(map(str, sizes)) if len(sizes) <= 32 else " ".join(map(str, sizes[:31])) + f" … {sizes[-1]}"
+    how = "as configured" if plan.config.pipeline.split else "balanced by cost"
+    head = [
+        f"stages    {shown} layers, {how} with embedding and loss head",
+        f"schedule  {plan.schedule.name}, expected bubble {100 * plan.bubble:.1f} % of the busiest rank, "
+        f"{100 * plan.timeline.mean_idle:.1f} % over all ranks",
+    ]
+    if plan.mesh.pp == 1:
+        return "\n".join(head)
+    return "\n".join([*head, draw.schedule_text(plan.schedule, rows=8)])
+
+
+def _bytes(plan: Plan) -> str:
+    columns = ("weights", "gradients", "optimizer", "activations", "loss", "total")
+    ranks = plan.memory.ranks
+    rows = []
+    for index in range(len(ranks)) if len(ranks) <= 8 else (*range(7), len(ranks) - 1):
+        name = f"pipeline rank {index}" if plan.mesh.pp > 1 else "each rank"
+        peak = f"{plan.timeline.peak_at_weight_grad[index]}"
+        rows.append([name, peak, *(draw.size(getattr(ranks[index], column)) for column in columns)])
+    if len(ranks) > 8:
+        rows.insert(7, ["…", *[""] * 7])
+    note = "expected bytes on a device: an estimate for activations and loss; live: micro-batches in flight at most"
+    return "\n".join([draw.table(["memory", "live", *columns], rows), note])
+
+
+def _work(plan: Plan) -> str:
+    model, length = plan.config.model, plan.config.sequence_length
+    full = flops.flops_per_token(model, length, full_attention=True)
+    lines = [
+        f"work      {draw.amount(plan.flops_per_token)}FLOP per token, "
+        f"{draw.amount(plan.flops_per_token * plan.tokens_per_step)}FLOP per step "
+        f"(not counting causality: {draw.amount(full)}FLOP per token)",
+        f"          = {flops.FORMULA}",
+        f"          = {flops.formula(model, length)}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,317 @@
+"""The rules between the values of a configuration, all checked at once.
+
+`problems` goes through two tables: RANGES, of keys and the values they may have, and RULES, of relations between keys. A
+relation is looked at only where the keys that it reads are themselves in order, so that one mistake is reported once and no
+rule divides by zero. Each problem says where, what and the remedy, with the nearest values that would do. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from raytron.config import RunConfig, divisors, flatten, from_mapping, to_mapping
+from raytron.errors import ConfigError, Problem
+
+
+def problems(config: RunConfig) -> list[Problem]:
+    """Every rule that a configuration breaks; empty if it is in order. Neither the cluster nor the data is looked at."""
+    config, found = _typed(config)
+    values = flatten(to_mapping(config))
+    wrong = {problem.where for problem in found}
+    found += [problem for rule in RANGES if rule.key not in wrong for problem in rule.check(values[rule.key])]
+    wrong = {problem.where for problem in found}
+    for reads, check in RULES:
+        if wrong.isdisjoint(reads.split()):
+            found += check(config)
+    return found
+
+
+def _typed(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
+    """The configuration with values of the right types, and what had to be left out for it (built in Python, not read)."""
+    mapping = to_mapping(config)
+    try:
+        return from_mapping(mapping), []
+    except ConfigError as error:
+        for problem in error.problems:
+            *parents, leaf = problem.where.split(".")
+            section = mapping
+            for parent in parents:
+                section = section[parent]
+            section.pop(leaf, None)
+        return from_mapping(mapping), list(error.problems)
+
+
+class Range(NamedTuple):
+    """The values that a number may have: [low, high], without an end where it is open."""
+
+    key: str
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def check(self, value: Any) -> Iterator[Problem]:
+        if value is None:
+            return
+        below = value < self.low or (self.open_low and value == self.low)
+        above = value > self.high or (self.open_high and value == self.high)
+        if below or above:
+            yield Problem(self.key, f"{value} is {'too small' if below else 'too large'}", f"use {self}")
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"more than {self.low:g}" if self.open_low else f"{self.low:g} or more"
+        low = f"more than {self.low:g}" if self.open_low else f"at least {self.low:g}"
+        return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:g}"
+
+
+def _at_least(low: float, keys: str) -> list[Range]:
+    return [Range(key, low) for key in keys.split()]
+
+
+def _more_than_zero(keys: str) -> list[Range]:
+    return [Range(key, 0, open_low=True) for key in keys.split()]
+
+
+def _share(keys: str) -> list[Range]:
+    return [Range(key, 0, 1, open_high=True) for key in keys.split()]
+
+
+RANGES: tuple[Range, ...] = (
+    *_at_least(1, "steps global_batch_size micro_batch_size sequence_length"),
+    *_at_least(0, "seed"),
+    *_at_least(1, "model.layers model.hidden model.heads model.kv_heads model.head_dim model.ffn model.max_positions"),
+    *_at_least(1, "model.window"),
+    *_at_least(2, "model.vocab"),
+    *_more_than_zero("model.norm_eps model.rope_theta"),
+    *_at_least(0, "model.init_std"),
+    *_share("model.dropout model.attention_dropout"),
+    *_at_least(1, "mesh.pp mesh.dp mesh.cp mesh.tp mesh.ep pipeline.virtual_stages"),
+    *_more_than_zero("data_parallel.bucket_mb"),
+    *_share("optimizer.beta1 optimizer.beta2"),
+    *_more_than_zero("optimizer.eps optimizer.clip_norm lr.peak"),
+    *_at_least(0, "optimizer.weight_decay lr.final lr.warmup_steps"),
+    *_at_least(1, "lr.decay_steps"),
+    Range("lr.stable_fraction", 0, 1),
+    Range("data.validation_fraction", 0, 1, open_low=True, open_high=True),
+    *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),
+    Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
+    *_at_least(1, "checkpoint.every checkpoint.keep_last evaluate.every evaluate.prompt_tokens"),
+    *_at_least(0, "evaluate.batches cluster.max_restarts"),
+    *_more_than_zero("observe.peak_tflops cluster.cpus_per_worker cluster.timeout_s"),
+    *_at_least(1, "cluster.threads_per_worker"),
+)
+
+
+def _divide(count: int, name: str, parts: int) -> str:
+    return f"{count} {name} cannot be cut in {parts} equal parts"
+
+
+def _any_of(values: Iterable[int], near: int) -> str:
+    """The values nearest to one, at most six, as a phrase."""
+    nearest = sorted(sorted(set(values), key=lambda value: abs(value - near))[:6])
+    if len(nearest) < 2:
+        return "".join(map(str, nearest))
+    return ", ".join(map(str, nearest[:-1])) + f" or {nearest[-1]}"
+
+
+def _around(value: int, step: int) -> str:
+    """The nearest multiples of `step`, at least one of it."""
+    below = value // step * step
+    return _any_of([number for number in (below, below + step) if number > 0], value)
+
+
+def _tp_widths(config: RunConfig) -> list[int]:
+    """Every tp that the model and the sequence admit."""
+    model, sequence = config.model, config.sequence_length
+    return [
+        tp
+        for tp in divisors(model.heads)
+        if _kv_fits(model.num_kv_heads, tp)
+        and model.ffn % tp == 0
+        and not (config.mesh.sequence_parallel and sequence % tp)
+    ]
+
+
+def _kv_fits(kv_heads: int, tp: int) -> bool:
+    return kv_heads % tp == 0 or tp % kv_heads == 0
+
+
+def _head_width(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if model.head_dim is None and model.hidden % model.heads:
+        legal = _any_of(divisors(model.hidden), model.heads)
+        what = _divide(model.hidden, "hidden channels", model.heads) + ", one for each head"
+        yield Problem("model.heads", what, f"use {legal}, or set model.head_dim")
+
+
+def _kv_heads(config: RunConfig) -> Iterator[Problem]:
+    heads, kv_heads = config.model.heads, config.model.num_kv_heads
+    if heads % kv_heads:
+        what = f"{heads} heads cannot share {kv_heads} KV heads equally"
+        yield Problem("model.kv_heads", what, f"use {_any_of(divisors(heads), kv_heads)}")
+
+
+def _rotary(config: RunConfig) -> Iterator[Problem]:
+    width = config.model.dim_per_head
+    if config.model.positions == "rope" and width % 2:
+        near = _any_of([n for n in (width - 1, width + 1) if n > 0], width)
+        what = f"rotary positions turn pairs of channels, and a head has {width}"
+        yield Problem("model.head_dim", what, f"use {near}, or other positions than rope")
+
+
+def _tensor_parallel(config: RunConfig) -> Iterator[Problem]:
+    model, tp = config.model, config.mesh.tp
+    use = f"use {_any_of(_tp_widths(config), tp)}"
+    if model.heads % tp:
+        yield Problem("mesh.tp", _divide(model.heads, "heads", tp), use)
+    elif not _kv_fits(model.num_kv_heads, tp):
+        what = f"{model.num_kv_heads} KV heads can neither be cut in {tp} equal parts nor be repeated equally over {tp} ranks"
+        yield Problem("mesh.tp", what, use)
+    if model.ffn % tp:
+        what = _divide(model.ffn, "feed-forward channels", tp)
+        yield Problem("mesh.tp", what, f"{use}, or set model.ffn to {_around(model.ffn, tp)}")
+
+
+def _sequence_parallel(config: RunConfig) -> Iterator[Problem]:
+    tp, length = config.mesh.tp, config.sequence_length
+    if config.mesh.sequence_parallel and length % tp:
+        remedy = f"use {_around(length, tp)}, or set mesh.sequence_parallel to false"
+        yield Problem("sequence_length", _divide(length, "tokens", tp) + " under sequence parallelism", remedy)
+
+
+def _positions(config: RunConfig) -> Iterator[Problem]:
+    rows = config.model.max_positions
+    if config.model.positions != "learned":
+        return
+    if config.sequence_length > rows:
+        what = f"{config.sequence_length} tokens are more than the {rows} learned positions"
+        remedy = f"use at most {rows}, or set model.max_positions to {config.sequence_length}"
+        yield Problem("sequence_length", what, remedy)
+    if config.evaluate.prompt is not None and config.evaluate.prompt_tokens >= rows:
+        what = f"{config.evaluate.prompt_tokens} tokens and a prompt are more than the {rows} learned positions"
+        yield Problem("evaluate.prompt_tokens", what, f"use less than {rows}")
+
+
+def _unsupported(config: RunConfig) -> Iterator[Problem]:
+    for axis, name in (("cp", "context"), ("ep", "expert")):
+        size = getattr(config.mesh, axis)
+        if size > 1:
+            yield Problem(f"mesh.{axis}", f"this version has no {name} parallelism, and {size} is asked for", "use 1")
+
+
+def _stages(config: RunConfig) -> Iterator[Problem]:
+    layers, pp, chunks = config.model.layers, config.mesh.pp, config.pipeline.virtual_stages
+    stages, split = pp * chunks, config.pipeline.split
+    if layers < stages:
+        what = f"{layers} layers cannot fill {stages} stages (pp {pp} × {chunks} virtual)"
+        remedy = f"use at most {layers} stages, or at least {stages} layers"
+        yield Problem("mesh.pp" if chunks == 1 else "pipeline.virtual_stages", what, remedy)
+    if split is None:
+        return
+    if len(split) != stages:
+        what = f"{len(split)} entries for {stages} stages (pp {pp} × {chunks} virtual)"
+        yield Problem("pipeline.split", what, f"give {stages} entries, or null for a balanced split")
+    if any(size < 1 for size in split):
+        yield Problem("pipeline.split", f"{list(split)} leaves a stage without a layer", "give each at least 1")
+    if sum(split) != layers:
+        what = f"{' + '.join(map(str, split))} = {sum(split)} layers, and the model has {layers}"
+        yield Problem("pipeline.split", what, f"let them sum to {layers}, or set null for a balanced split")
+
+
+def _batch(config: RunConfig) -> Iterator[Problem]:
+    micro, dp, batch = config.micro_batch_size, config.mesh.dp, config.global_batch_size
+    if batch % (micro * dp):
+        what = f"{batch} sequences cannot be cut in micro-batches of {micro} on {dp} data-parallel ranks"
+        yield Problem("global_batch_size", what, f"use {_around(batch, micro * dp)}")
+
+
+def _schedule(config: RunConfig) -> Iterator[Problem]:
+    name, chunks, pp = config.pipeline.schedule, config.pipeline.virtual_stages, config.mesh.pp
+    if name != "interleaved":
+        if chunks > 1:
+            what = f"{name} has one model chunk on a rank, and {chunks} are asked for"
+            yield Problem("pipeline.virtual_stages", what, "use 1, or set pipeline.schedule to interleaved")
+        return
+    if pp < 2:
+        remedy = "set mesh.pp to 2 or more, or use 1f1b"
+        yield Problem("pipeline.schedule", "interleaved needs more than one pipeline rank", remedy)
+    if chunks < 2:
+        what = "interleaved needs more than one model chunk on a rank"
+        yield Problem("pipeline.virtual_stages", what, "use 2 or more, or set pipeline.schedule to 1f1b")
+
+
+def _interleaved_batch(config: RunConfig) -> Iterator[Problem]:
+    pp, unit, batch = config.mesh.pp, config.micro_batch_size * config.mesh.dp, config.global_batch_size
+    if config.pipeline.schedule == "interleaved" and batch % unit == 0 and config.microbatches % pp:
+        what = (
+            f"interleaved passes micro-batches in groups of {pp} (pp), and {config.microbatches} are no multiple of it"
+        )
+        yield Problem("global_batch_size", what, f"use {_around(batch, unit * pp)}, or another schedule")
+
+
+def _learning_rate(config: RunConfig) -> Iterator[Problem]:
+    rate = config.lr
+    if rate.warmup_steps and rate.warmup_steps >= config.lr_horizon:
+        what = f"{rate.warmup_steps} warmup steps leave nothing of the {config.lr_horizon} steps of the learning rate"
+        remedy = (
+            f"use at most {config.lr_horizon - 1}, or raise {'steps' if rate.decay_steps is None else 'lr.decay_steps'}"
+        )
+        yield Problem("lr.warmup_steps", what, remedy)
+    if rate.decay in ("cosine", "linear", "wsd") and rate.final > rate.peak:
+        yield Problem("lr.final", f"{rate.final:g} is above the peak {rate.peak:g}", f"use at most {rate.peak:g}")
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    data, vocab = config.data, config.model.vocab
+    if data.dataset is not None:
+        return
+    if not data.sources:
+        yield Problem("data.sources", "no data set and no sources", "name files, or python-stdlib, or set data.dataset")
+    if data.tokenizer.path is None and data.tokenizer.vocab > vocab:
+        what = f"a tokenizer of {data.tokenizer.vocab} tokens makes ids beyond the model's vocabulary of {vocab}"
+        remedy = f"use at most {vocab}, or set model.vocab to {data.tokenizer.vocab}"
+        yield Problem("data.tokenizer.vocab" if vocab >= 257 else "model.vocab", what, remedy)
+
+
+def _texts(config: RunConfig) -> Iterator[Problem]:
+    for key, value in flatten(to_mapping(config)).items():
+        needed = key in ("name", "run_dir", "data.text_key", "data.tokenizer.eod")
+        optional = key in ("data.dataset", "data.tokenizer.path", "evaluate.prompt", "cluster.address")
+        if (needed or (optional and value is not None)) and not str(value).strip():
+            yield Problem(key, "is empty", "give a text" + ("" if needed else ", or null"))
+
+
+def _resume(config: RunConfig) -> Iterator[Problem]:
+    keys = [*flatten(to_mapping(config)), *(item.name for item in dataclasses.fields(config))]
+    for key in config.resume.allow:
+        if key not in keys:
+            close = difflib.get_close_matches(key, keys, n=1, cutoff=0.4)
+            remedy = f"did you mean {close[0]}?" if close else "name keys of the configuration, such as lr.peak"
+            yield Problem("resume.allow", f"{key!r} is no key of a configuration", remedy)
+
+
+_HEADS = "model.hidden model.heads model.kv_heads model.head_dim"
+
+# the keys that a relation reads, and the relation
+RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
+    ("model.hidden model.heads model.head_dim", _head_width),
+    ("model.heads model.kv_heads", _kv_heads),
+    (f"{_HEADS} model.positions", _rotary),
+    (f"{_HEADS} model.ffn mesh.tp sequence_length mesh.sequence_parallel", _tensor_parallel),
+    ("sequence_length mesh.tp mesh.sequence_parallel", _sequence_parallel),
+    ("sequence_length model.max_positions model.positions evaluate.prompt_tokens", _positions),
+    ("mesh.cp mesh.ep", _unsupported),
+    ("model.layers mesh.pp pipeline.virtual_stages pipeline.split", _stages),
+    ("global_batch_size micro_batch_size mesh.dp", _batch),
+    ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
+    ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _interleaved_batch),
+    ("steps lr.peak lr.final lr.warmup_steps lr.decay_steps lr.decay", _learning_rate),
+    ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
+    ("", _texts),
+    ("resume.allow", _resume),
+)
