@@ -1,0 +1,70 @@
+"""Builds what one rank of a mesh holds of the model: its pipeline stages, and how their parameters hang together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from raytron.config import RunConfig
+from raytron.model.build import Builder
+from raytron.model.stage import Stage
+from raytron.parallel.mesh import Group, Mesh
+from raytron.parallel.parameter import Param
+from raytron.parallel.tensor import TensorParallel
+from raytron.plan.mesh import Coords
+from raytron.plan.plan import Plan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """One rank's part of the model."""
+
+    stages: dict[int, Stage]  # by stage number, ascending
+    params: list[Param]  # each once, in the order of the forward pass
+    parallel: TensorParallel
+    dtype: torch.dtype
+    tied: tuple[Param, Group] | None  # an embedding with a copy on another rank, and the holders of the copies
+
+    def uses(self, param: Param) -> int:
+        """How many gradients one micro-batch brings a parameter: two for a table that embeds and also predicts."""
+        tables = [
+            table for stage in self.stages.values() for table in (stage.table if stage.first else None, stage.head)
+        ]
+        return max(1, sum(table is param for table in tables))
+
+
+def assemble(plan: Plan, mesh: Mesh) -> Assembly:
+    """The stages that the plan gives this rank, with their initial values."""
+    config = plan.config
+    dtype = DTYPES[config.precision.dtype]
+    parallel = TensorParallel(mesh.tp, config.mesh.sequence_parallel)
+    build = Builder(parallel, config.seed, dtype, mesh.device)
+    stages: dict[int, Stage] = {}
+    last = len(plan.stages) - 1
+    table: Param | None = None
+    for number, (start, stop) in enumerate(plan.stages):
+        if plan.schedule.rank_of[number] != mesh.coords.pp:
+            continue
+        stage = Stage(
+            build,
+            config.model,
+            range(start, stop),
+            first=number == 0,
+            last=number == last,
+            embedding=table if config.model.tied_embeddings and number == last else None,
+        )
+        table = stage.table if number == 0 else table
+        stages[number] = stage
+    return Assembly(stages, build.params, parallel, dtype, _tied(config, plan, mesh, stages))
+
+
+def _tied(config: RunConfig, plan: Plan, mesh: Mesh, stages: dict[int, Stage]) -> tuple[Param, Group] | None:
+    first, last = plan.schedule.rank_of[0], plan.schedule.rank_of[-1]
+    if not config.model.tied_embeddings or first == last or mesh.coords.pp not in (first, last):
+        return None
+    holders = tuple(sorted(mesh.shape.rank(Coords(pp, *mesh.coords[1:])) for pp in (first, last)))
+    table = next(stage.table for stage in stages.values() if stage.table is not None)
+    return table, mesh.group(holders)

@@ -1,0 +1,84 @@
+"""Causal self-attention: multi-head, grouped-query or multi-query; heads cut over tp.
+
+Shapes: s local and S whole sequence, B micro-batch, D hidden, H_l and KV_l local query and key-value heads, h head_dim.
+
+    x (s,B,D) → q (S,B,H_l,h), k and v (S,B,KV_l,h) → rotate → softmax(q kᵀ / √h) v → (S,B,H_l·h) → (s,B,D)
+
+Where tp is larger than the number of KV heads, runs of tp / KV ranks hold the same KV head (`Layout.repeat`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from raytron.config import ModelConfig
+from raytron.kernels.attention import causal_attention, reference
+from raytron.model.build import Builder
+from raytron.model.context import Context
+from raytron.model.norm import Norm
+from raytron.model.rope import rotate
+from raytron.parallel.random import keep_mask, key_of, token_rows
+from raytron.parallel.tensor import column_linear, row_linear
+
+
+class Attention(nn.Module):
+    """One attention layer of one rank."""
+
+    def __init__(self, build: Builder, name: str, model: ModelConfig):
+        super().__init__()
+        self.parallel = build.parallel
+        self.model = model
+        heads, kv_heads, width = model.heads, model.num_kv_heads, model.dim_per_head
+        repeat = max(1, self.parallel.size // kv_heads)
+        std = model.init_std
+        self.q = build.normal(f"{name}.q.weight", (heads, width, model.hidden), std, dim=0)
+        self.kv = build.normal(f"{name}.kv.weight", (kv_heads, 2, width, model.hidden), std, dim=0, repeat=repeat)
+        self.out = build.normal(
+            f"{name}.out.weight", (model.hidden, heads * width), std / math.sqrt(2 * model.layers), dim=1
+        )
+        self.q_bias = self.kv_bias = self.out_bias = None
+        if model.qkv_bias:
+            self.q_bias = build.constant(f"{name}.q.bias", (heads, width), 0.0, dim=0)
+            self.kv_bias = build.constant(f"{name}.kv.bias", (kv_heads, 2, width), 0.0, dim=0, repeat=repeat)
+        if model.bias:
+            partial = self.parallel.sequence_parallel
+            self.out_bias = build.constant(f"{name}.out.bias", (model.hidden,), 0.0, partial=partial)
+        self.q_norm = self.k_norm = None
+        if model.qk_norm:
+            cut = self.parallel.size > 1  # each rank normalises its own heads only
+            self.q_norm = Norm(build, f"{name}.q_norm", width, "rmsnorm", model.norm_eps, partial=cut)
+            self.k_norm = Norm(build, f"{name}.k_norm", width, "rmsnorm", model.norm_eps, partial=cut)
+        self.dropout_key = key_of(build.seed, name, "probabilities")
+        self.first_head = self.parallel.rank * self.q.shape[0]
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (s,B,D) -> (s,B,D)."""
+        q, kv = column_linear(x, self.parallel, (self.q, self.q_bias), (self.kv, self.kv_bias))
+        q = q.view(*q.shape[:-1], *self.q.shape[:2])
+        k, v = kv.view(*kv.shape[:-1], *self.kv.shape[:3]).unbind(3)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if context.rotary is not None:
+            q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        # (S,B,H,h) -> (B,H,S,h), without a copy
+        mixed = self._attend(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), context)
+        joined = mixed.permute(2, 0, 1, 3).flatten(2)
+        return row_linear(joined, self.out, self.out_bias, self.parallel)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """q (B,H_l,S,h), k and v (B,KV_l,S,h) -> (B,H_l,S,h)."""
+        if context.training and self.model.attention_dropout > 0:
+            keep = self._keep_mask(q.shape[1], q.shape[2], context)
+            return reference(q, k, v, self.model.window, keep)
+        return causal_attention(q, k, v, self.model.window)
+
+    def _keep_mask(self, heads: int, length: int, context: Context) -> Tensor:
+        """(B,H_l,S,S): dropout of the probabilities, keyed by sample, head and both positions."""
+        numbers = torch.arange(self.first_head, self.first_head + heads, device=context.samples.device)
+        positions = torch.arange(length, device=context.samples.device)
+        tokens = token_rows(context.samples, positions).t()[:, None, :]  # (B,1,S)
+        rows = tokens * self.model.heads + numbers[None, :, None]  # (B,H_l,S)
+        return keep_mask(self.model.attention_dropout, self.dropout_key, rows, positions)

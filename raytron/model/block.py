@@ -1,0 +1,39 @@
+"""One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on both branches."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from raytron.config import ModelConfig
+from raytron.model.attention import Attention
+from raytron.model.build import Builder
+from raytron.model.context import Context
+from raytron.model.mlp import FeedForward
+from raytron.model.norm import Norm
+from raytron.parallel.random import dropout, key_of
+
+
+class Block(nn.Module):
+    """Decoder layer number `index` of one rank."""
+
+    def __init__(self, build: Builder, index: int, model: ModelConfig):
+        super().__init__()
+        name = f"layers.{index}"
+        partial = build.parallel.sequence_parallel
+        self.probability = model.dropout
+        self.keys = [key_of(build.seed, name, site) for site in ("attention", "mlp")]
+        self.attention_norm = Norm(
+            build, f"{name}.attention.norm", model.hidden, model.norm, model.norm_eps, partial=partial
+        )
+        self.attention = Attention(build, f"{name}.attention", model)
+        self.mlp_norm = Norm(build, f"{name}.mlp.norm", model.hidden, model.norm, model.norm_eps, partial=partial)
+        self.mlp = FeedForward(build, f"{name}.mlp", model)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x (s,B,D) -> (s,B,D)."""
+        x = x + self._drop(self.attention(self.attention_norm(x), context), self.keys[0], context)
+        return x + self._drop(self.mlp(self.mlp_norm(x)), self.keys[1], context)
+
+    def _drop(self, x: Tensor, key: int, context: Context) -> Tensor:
+        probability = self.probability if context.training else 0.0
+        return dropout(x, probability, key, context.samples, context.positions)

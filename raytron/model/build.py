@@ -1,0 +1,60 @@
+"""Makes parameters: each gets its local shape, its values by global coordinates, and its weight-decay class.
+
+A value depends on (seed, parameter name, global element number) only, so one seed gives one model on every mesh. Weights
+are normal with `init_std`; projections back into the residual stream are scaled by 1 / √(2 · layers) (GPT-2, Radford et
+al., 2019); norms are one, biases zero.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from raytron.parallel.layout import Layout
+from raytron.parallel.parameter import Param
+from raytron.parallel.random import fill_normal, key_of
+from raytron.parallel.tensor import TensorParallel
+
+
+class Builder:
+    """Makes the parameters of one rank."""
+
+    def __init__(self, parallel: TensorParallel, seed: int, dtype: torch.dtype, device: torch.device):
+        self.parallel, self.seed, self.dtype, self.device = parallel, seed, dtype, device
+        self.params: list[Param] = []
+
+    def normal(
+        self, name: str, shape: tuple[int, ...], std: float, *, dim: int | None, repeat: int = 1, decay: bool = True
+    ) -> Param:
+        """A weight of some global shape, cut along `dim` over tp."""
+        layout = Layout(shape, dim=dim, repeat=repeat, partial=dim is not None and repeat > 1)
+        return self._make(name, layout, decay, std)
+
+    def table(self, name: str, shape: tuple[int, int], std: float, *, partial: bool) -> Param:
+        """A learned table that every tp rank holds whole; no weight decay."""
+        return self._make(name, Layout(shape, partial=partial), False, std)
+
+    def constant(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        value: float,
+        *,
+        partial: bool = False,
+        dim: int | None = None,
+        repeat: int = 1,
+    ) -> Param:
+        """A norm weight or a bias; no weight decay. `partial`: the gradient is a partial sum over tp."""
+        layout = Layout(shape, dim=dim, repeat=repeat, partial=partial if dim is None else repeat > 1)
+        param = self._make(name, layout, False, 0.0)
+        with torch.no_grad():
+            param.fill_(value)
+        return param
+
+    def _make(self, name: str, layout: Layout, decay: bool, std: float) -> Param:
+        values = torch.zeros(layout.local_shape(self.parallel.size), device=self.device)
+        if std > 0:
+            key = key_of(self.seed, "init", name)
+            fill_normal(values, layout, self.parallel.size, self.parallel.rank, key, std)
+        param = Param(values.to(self.dtype), name, layout, decay)
+        self.params.append(param)
+        return param

@@ -1,0 +1,23 @@
+"""What a forward pass needs to know beside its activations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Context(NamedTuple):
+    """Of one micro-batch on one rank."""
+
+    samples: Tensor  # (B,) int64 sample ids: dropout is keyed by them
+    rotary: tuple[Tensor, Tensor] | None  # cosines and sines of the whole sequence
+    positions: Tensor  # (s,) int64: the positions of this rank's share of the sequence
+    training: bool  # whether dropout applies
+
+
+def local_positions(length: int, parts: int, part: int, device: torch.device) -> Tensor:
+    """(s,) the positions of share `part` of a sequence of `length` tokens cut in `parts`."""
+    share = length // parts
+    return torch.arange(part * share, (part + 1) * share, device=device)

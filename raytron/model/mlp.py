@@ -1,0 +1,60 @@
+"""The feed-forward layer, gated (Shazeer, arXiv 2002.05202) or plain; its width F is cut over tp.
+
+plain   x (s,B,D) → up (S,B,F_l) → act → down (s,B,D)
+gated   x (s,B,D) → gate and up, one GEMM (S,B,2,F_l) → act(gate) · up → down (s,B,D)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raytron.config import ModelConfig
+from raytron.model.build import Builder
+from raytron.parallel.tensor import column_linear, row_linear
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "reglu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: torch.square(F.relu(x)),
+}
+
+
+class FeedForward(nn.Module):
+    """One feed-forward layer of one rank."""
+
+    def __init__(self, build: Builder, name: str, model: ModelConfig):
+        super().__init__()
+        self.parallel = build.parallel
+        self.activation = ACTIVATIONS[model.activation]
+        self.gated = model.gated
+        wide = (2, model.ffn) if model.gated else (model.ffn,)
+        dim = len(wide) - 1
+        self.up = build.normal(f"{name}.up.weight", (*wide, model.hidden), model.init_std, dim=dim)
+        self.down = build.normal(
+            f"{name}.down.weight", (model.hidden, model.ffn), model.init_std / math.sqrt(2 * model.layers), dim=1
+        )
+        self.up_bias = self.down_bias = None
+        if model.bias:
+            partial = self.parallel.sequence_parallel
+            self.up_bias = build.constant(f"{name}.up.bias", wide, 0.0, dim=dim)
+            self.down_bias = build.constant(f"{name}.down.bias", (model.hidden,), 0.0, partial=partial)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (s,B,D) -> (s,B,D)."""
+        (wide,) = column_linear(x, self.parallel, (self.up, self.up_bias))
+        if self.gated:
+            gate, up = wide.chunk(2, dim=-1)
+            wide = self.activation(gate) * up
+        else:
+            wide = self.activation(wide)
+        return row_linear(wide, self.down, self.down_bias, self.parallel)

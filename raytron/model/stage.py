@@ -1,0 +1,89 @@
+"""What one rank holds of the model for one pipeline stage: the embedding (first stage), some layers, the head (last).
+
+Activations between stages are (s, B, D): s is the local share of the sequence under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from raytron.config import ModelConfig
+from raytron.model.block import Block
+from raytron.model.build import Builder
+from raytron.model.context import Context, local_positions
+from raytron.model.norm import Norm
+from raytron.model.rope import rotary_table
+from raytron.parallel.parameter import Param
+from raytron.parallel.random import dropout, key_of
+from raytron.parallel.tensor import column_linear, vocab_cross_entropy, vocab_embedding
+
+EMBEDDING = "embed.weight"
+
+
+class Stage(nn.Module):
+    """One pipeline stage of one rank. `embedding`: the first stage's table, where this rank holds it too (tied, pp = 1)."""
+
+    def __init__(
+        self,
+        build: Builder,
+        model: ModelConfig,
+        layers: range,
+        *,
+        first: bool,
+        last: bool,
+        embedding: Param | None = None,
+    ):
+        super().__init__()
+        self.model, self.parallel, self.first, self.last = model, build.parallel, first, last
+        partial = self.parallel.sequence_parallel
+        self.table = embedding
+        if self.table is None and (first or (last and model.tied_embeddings)):
+            self.table = build.normal(EMBEDDING, (model.vocab, model.hidden), model.init_std, dim=0, decay=False)
+        self.position = None
+        if first and model.positions == "learned":
+            shape = (model.max_positions, model.hidden)
+            self.position = build.table("position.weight", shape, model.init_std, partial=partial)
+        self.embedding_key = key_of(build.seed, "embed", "dropout")
+        self.layers = nn.ModuleList(Block(build, index, model) for index in layers)
+        self.norm = self.head = None
+        if last:
+            self.norm = Norm(build, "norm", model.hidden, model.norm, model.norm_eps, partial=partial)
+            self.head = self.table
+            if not model.tied_embeddings:
+                self.head = build.normal("head.weight", (model.vocab, model.hidden), model.init_std, dim=0)
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def context(self, samples: Tensor, length: int, training: bool) -> Context:
+        """The context of a micro-batch with these sample ids (B,) and sequences of `length` tokens."""
+        if self.model.positions == "rope" and (self._rotary is None or self._rotary[0].shape[0] != length):
+            at = torch.arange(length, device=samples.device)
+            self._rotary = rotary_table(at, self.model.dim_per_head, self.model.rope_theta)
+        parallel = self.parallel
+        parts, part = (parallel.size, parallel.rank) if parallel.sequence_parallel else (1, 0)
+        return Context(samples, self._rotary, local_positions(length, parts, part, samples.device), training)
+
+    def embed(self, tokens: Tensor, context: Context) -> Tensor:
+        """tokens (B,S) -> (s,B,D); first stage only."""
+        assert self.table is not None
+        x = vocab_embedding(tokens.t(), self.table, self.parallel)
+        if self.position is not None:
+            x = x + self.position[context.positions].unsqueeze(1)
+        probability = self.model.dropout if context.training else 0.0
+        return dropout(x, probability, self.embedding_key, context.samples, context.positions)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Through this stage's layers: (s,B,D) -> (s,B,D), normed after the last."""
+        for layer in self.layers:
+            x = layer(x, context)
+        return x if self.norm is None else self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (s,B,D) -> this rank's columns (S,B,V_l); last stage only."""
+        assert self.head is not None
+        return column_linear(x, self.parallel, (self.head, None))[0]
+
+    def loss(self, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Σ weights · cross-entropy, float32 scalar: x (s,B,D); labels and weights (B,S). Last stage only."""
+        logits = self.logits(x)
+        return vocab_cross_entropy(logits, labels.t(), weights.t(), self.model.vocab, self.parallel.group)

@@ -1,0 +1,144 @@
+"""Collectives over a `Group`, plain and differentiable. A group of one costs nothing.
+
+Sequence parallelism (Korthikanti et al., arXiv 2205.05198) replaces each pair of identity and all-reduce by an all-gather
+and a reduce-scatter along the sequence, which is dimension 0 here:
+
+    function               forward          backward
+    copy_to_group          identity         all-reduce         into a tensor-parallel region
+    reduce_from_group      all-reduce       identity           out of it
+    gather_sequence        all-gather       reduce-scatter     into it, under sequence parallelism
+    scatter_sequence       reduce-scatter   all-gather         out of it, under sequence parallelism
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raytron.parallel.mesh import Group
+
+Wait = Callable[[], Tensor]
+
+# torch 2.13 renamed both and warns at the old names.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Sums `x` over the group, in place; returns it."""
+    if group.size > 1:
+        dist.all_reduce(x, op=op, group=group.process_group)
+    return x
+
+
+def start_all_reduce(x: Tensor, group: Group) -> Wait:
+    """Starts summing `x` over the group in place; the result is there when the returned function is called."""
+    if group.size == 1:
+        return lambda: x
+    work = dist.all_reduce(x, group=group.process_group, async_op=True)
+    return _after(work, x)
+
+
+def start_all_gather(x: Tensor, group: Group) -> Wait:
+    """Starts gathering `x` (n, ...) from all ranks into (size · n, ...), in rank order."""
+    if group.size == 1:
+        return lambda: x
+    out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
+    work = _all_gather(out, x.contiguous(), group=group.process_group, async_op=True)
+    return _after(work, out)
+
+
+def start_reduce_scatter(x: Tensor, group: Group) -> Wait:
+    """Starts summing `x` (size · n, ...) over the group; each rank gets its own (n, ...) of the sum."""
+    if group.size == 1:
+        return lambda: x
+    out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    work = _reduce_scatter(out, x.contiguous(), group=group.process_group, async_op=True)
+    return _after(work, out)
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    return start_all_gather(x, group)()
+
+
+def reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    return start_reduce_scatter(x, group)()
+
+
+def _after(work: Any, out: Tensor) -> Wait:
+    def wait() -> Tensor:
+        work.wait()
+        return out
+
+    return wait
+
+
+class _CopyToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(dy.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+class _ReduceFromGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(dy, ctx.group), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return all_gather(dy, ctx.group), None
+
+
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
+    return x if group.size == 1 else _apply(_CopyToGroup, x, group)
+
+
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
+    return x if group.size == 1 else _apply(_ReduceFromGroup, x, group)
+
+
+def gather_sequence(x: Tensor, group: Group) -> Tensor:
+    """x (S / size, ...) of each rank -> (S, ...)."""
+    return x if group.size == 1 else _apply(_GatherSequence, x, group)
+
+
+def scatter_sequence(x: Tensor, group: Group) -> Tensor:
+    """x (S, ...), partial sums -> this rank's (S / size, ...) of their sum."""
+    return x if group.size == 1 else _apply(_ScatterSequence, x, group)
+
+
+def _apply(function: type[torch.autograd.Function], x: Tensor, group: Group) -> Tensor:
+    out = function.apply(x, group)  # type: ignore[no-untyped-call]
+    assert isinstance(out, Tensor)
+    return out

@@ -1,0 +1,75 @@
+"""Greedy continuation of a prompt by one device, straight from a checkpoint.
+
+The whole sequence is run again for each new token: a look at what a model has learned, not an inference engine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from raytron.checkpoint.catalog import Generation, find
+from raytron.checkpoint.checkpointer import facts as read_facts
+from raytron.checkpoint.whole import read_whole
+from raytron.config import RunConfig, from_mapping
+from raytron.data.tokenizer import load_tokenizer
+from raytron.errors import CheckpointError
+from raytron.model.assemble import assemble
+from raytron.model.stage import Stage
+from raytron.optim.sharded import WEIGHTS
+from raytron.parallel.mesh import Mesh
+from raytron.plan.mesh import MeshShape
+from raytron.plan.plan import make_plan
+
+ALONE = {"mesh.pp": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1, "mesh.ep": 1, "micro_batch_size": 1,
+         "pipeline.schedule": "1f1b", "pipeline.virtual_stages": 1, "pipeline.split": None,
+         "data_parallel.zero": 0}  # fmt: skip
+
+
+def generate(checkpoint: Path | str, prompt: str, tokens: int = 32) -> str:
+    """The most likely `tokens` tokens after `prompt`, as text.
+
+    checkpoint: a generation, a folder of them, or a run directory (its newest). Raises CheckpointError.
+    """
+    generation = find(checkpoint)
+    tokenizer = load_tokenizer(_tokenizer_of(generation.path))
+    model = load_model(generation)
+    ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    made = greedy(model, ids, tokens, model.model.max_positions if model.position is not None else None)
+    return tokenizer.decode(made)
+
+
+def load_model(generation: Generation) -> Stage:
+    """The whole model of a checkpoint as one stage on the CPU, in float32."""
+    facts = read_facts(generation)
+    config: RunConfig = from_mapping(facts["config"]).replace(**ALONE, **{"precision.dtype": "fp32"})
+    assembly = assemble(make_plan(config, None), Mesh(MeshShape(), 0))
+    weights = read_whole(generation, prefix=WEIGHTS)
+    with torch.no_grad():
+        for param in assembly.params:
+            param.copy_(weights[param.full_name])
+    return assembly.stages[0]
+
+
+@torch.no_grad()
+def greedy(model: Stage, ids: list[int], count: int, limit: int | None = None) -> list[int]:
+    """`count` further ids, each the likeliest after all before it; `limit`: positions that the model knows."""
+    ids = list(ids)
+    start = len(ids)
+    for _ in range(count):
+        seen = ids if limit is None else ids[-limit:]
+        tokens = torch.tensor([seen])
+        context = model.context(torch.zeros(1, dtype=torch.int64), len(seen), training=False)
+        logits = model.logits(model(model.embed(tokens, context), context)[-1:])
+        ids.append(int(np.argmax(logits[0, 0, : model.model.vocab].numpy())))
+    return ids[start:]
+
+
+def _tokenizer_of(generation: Path) -> Path:
+    """The tokenizer of the run that a generation belongs to: beside it or in a folder above it."""
+    for folder in (generation, *list(generation.resolve().parents)[:3]):
+        if (folder / "tokenizer.json").is_file():
+            return folder / "tokenizer.json"
+    raise CheckpointError(f"no tokenizer.json in {generation} or the run directory above it")

@@ -1,0 +1,112 @@
+"""One rank's life in a run: read the step's samples, step, evaluate, save, load. Still no Ray and no policy.
+
+The state of a run is small: the weights and moments (slices of global tensors), the number of committed steps and of
+consumed samples. Random numbers need no state, since they are a function of the seed and of what they are for.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from raytron.checkpoint.catalog import Generation
+from raytron.checkpoint.checkpointer import facts as read_facts
+from raytron.checkpoint.checkpointer import load as load_slices
+from raytron.checkpoint.checkpointer import save as save_slices
+from raytron.config import to_mapping
+from raytron.data.batch import TokenStream
+from raytron.optim.lr import learning_rate
+from raytron.parallel.layout import Slice
+from raytron.parallel.mesh import Mesh
+from raytron.parallel.pipeline import Watch
+from raytron.plan.plan import Plan
+from raytron.training.engine import Engine
+
+Record = dict[str, Any]
+
+
+class Trainer:
+    """A rank of one mesh over a training stream and, for evaluation, a validation stream."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        stream: TokenStream,
+        validation: TokenStream | None = None,
+        *,
+        data_digest: str = "",
+        watch: Watch | None = None,
+    ):
+        self.plan, self.mesh, self.stream, self.validation = plan, mesh, stream, validation
+        self.data_digest = data_digest
+        self.engine = Engine(plan, mesh, watch)
+        self.step = 0  # committed steps
+        self.consumed = 0  # samples of committed steps
+
+    def train_step(self, request: int = 0) -> Record:
+        """One step; the record that goes to metrics.jsonl, equal on all ranks but for times.
+
+        request: bits that this rank was asked for; the record's `request` is the union over all ranks.
+        """
+        start = time.perf_counter()
+        config = self.plan.config
+        batch = self.stream.batch(self.consumed, config.global_batch_size, self.mesh.coords.dp, self.mesh.shape.dp)
+        lr = learning_rate(config.lr, config.lr_horizon, self.step)
+        result = self.engine.step(batch, lr, request)
+        self.consumed += config.global_batch_size
+        self.step += 1
+        seconds = time.perf_counter() - start
+        record: Record = {
+            "step": self.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": result.tokens,
+            "step_time_s": seconds,
+            "tokens_per_s": result.tokens / seconds,
+            "request": result.request,
+        }
+        if result.skipped:
+            record["skipped"] = True
+        return record
+
+    def evaluate(self) -> Record:
+        """Mean loss in nats over the fixed validation batches; needs a validation stream."""
+        assert self.validation is not None
+        config, loss, tokens = self.plan.config, 0.0, 0
+        for index in range(config.evaluate.batches):
+            size = config.global_batch_size
+            batch = self.validation.batch(index * size, size, self.mesh.coords.dp, self.mesh.shape.dp)
+            added, counted = self.engine.evaluate(batch)
+            loss, tokens = loss + added, tokens + counted
+        return {"step": self.step, "validation_loss": loss / max(1, tokens), "tokens": tokens}
+
+    def state(self) -> dict[str, Slice]:
+        """Weights and moments: this rank's slices of the global tensors."""
+        return self.engine.optimizer.state()
+
+    def facts(self) -> Record:
+        """What a checkpoint knows beside its tensors."""
+        return {
+            "step": self.step,
+            "consumed": self.consumed,
+            "updates": self.engine.optimizer.updates,
+            "lr": learning_rate(self.plan.config.lr, self.plan.config.lr_horizon, self.step),
+            "seed": self.plan.config.seed,
+            "data": self.data_digest,
+            "mesh": str(self.mesh.shape),
+            "config": to_mapping(self.plan.config),
+        }
+
+    def save(self, directory: Path | str) -> Path:
+        """Writes a committed generation together with all other ranks; returns its path."""
+        return save_slices(directory, self.step, self.state(), self.facts(), self.mesh.world.process_group)
+
+    def load(self, generation: Generation | Path | str) -> None:
+        """Goes on from a generation that any mesh saved. Raises CheckpointError, and then nothing was changed."""
+        facts = read_facts(generation)
+        load_slices(generation, self.state(), self.mesh.world.process_group)
+        self.engine.optimizer.loaded(int(facts["updates"]))
+        self.step, self.consumed = int(facts["step"]), int(facts["consumed"])

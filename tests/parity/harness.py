@@ -1,0 +1,104 @@
+"""Runs a configuration on the mesh that it names and gathers what came out, for comparison with the twin."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from models import batch_of
+from raytron.plan.plan import make_plan
+
+from raytron.config import RunConfig
+from raytron.optim.lr import learning_rate
+from raytron.parallel.mesh import Mesh
+from raytron.plan.mesh import MeshShape
+from raytron.testing.twin import Twin
+from raytron.testing.world import World
+from raytron.training.engine import Engine
+
+
+class Outcome(NamedTuple):
+    gradients: dict[str, torch.Tensor]  # whole, of the first step
+    grad_norm: float  # of the first step
+    losses: list[float]
+    weights: dict[str, torch.Tensor]  # whole, after the last step
+
+
+def run_rank(rank: int, config: RunConfig, steps: int) -> tuple[list[Any], float, list[float], list[Any]]:
+    """On one rank: the first step's owned gradients, then `steps` updates."""
+    mesh = Mesh(MeshShape.of(config.mesh), rank)
+    engine = Engine(make_plan(config, None), mesh)
+    batches = [batch_of(config, step, mesh.coords.dp, mesh.shape.dp) for step in range(steps)]
+    real = sum(float(batch_of(config, 0).weights.sum()) for _ in range(1))
+    engine.forward_backward(batches[0])
+    mend = config.global_batch_size * config.sequence_length / real
+    gradients = pieces({o.param.full_name: o.slice(o.gradient * mend, mesh) for o in engine.buckets.owned})
+    results = [
+        engine.step(batch, learning_rate(config.lr, config.lr_horizon, step)) for step, batch in enumerate(batches)
+    ]
+    weights = {name: part for name, part in engine.optimizer.state().items() if name.startswith("model.")}
+    return gradients, results[0].grad_norm, [result.loss for result in results], pieces(weights)
+
+
+def pieces(slices: dict[str, Any]) -> list[Any]:
+    """Slices as plain arrays, to send home."""
+    return [(n.removeprefix("model."), s.shape, s.offsets, s.tensor.detach().numpy().copy()) for n, s in slices.items()]
+
+
+def whole(parts: list[list[Any]]) -> dict[str, torch.Tensor]:
+    """Pieces of all ranks as whole tensors; every element must be covered, and replicas must agree to the bit."""
+    out: dict[str, np.ndarray] = {}
+    for name, shape, offsets, values in (piece for part in parts for piece in part):
+        target = out.setdefault(name, np.full(shape, np.nan, dtype=values.dtype))
+        place = tuple(slice(at, at + size) for at, size in zip(offsets, values.shape, strict=True))
+        known = ~np.isnan(target[place])
+        assert np.array_equal(target[place][known], values[known]), f"replicas of {name} differ"
+        target[place] = values
+    for name, values in out.items():
+        assert not np.isnan(values).any(), f"{name} is not covered"
+    return {name: torch.from_numpy(values) for name, values in out.items()}
+
+
+def run_mesh(world: World, config: RunConfig, steps: int) -> Outcome:
+    """The configuration on its own mesh; all ranks must report the same losses."""
+    results = world.run(MeshShape.of(config.mesh).world, run_rank, config, steps)
+    assert all(result[2] == results[0][2] for result in results), "ranks report different losses"
+    gradients = whole([result[0] for result in results])
+    return Outcome(gradients, results[0][1], results[0][2], whole([result[3] for result in results]))
+
+
+@functools.lru_cache(maxsize=32)
+def run_twin(config: RunConfig, steps: int) -> Outcome:
+    """The same on one device; `config` without its mesh, so that meshes share it."""
+    twin = Twin(config)
+    _, gradients = twin.gradients(batch_of(config))
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+    losses = twin.train(batch_of(config, step) for step in range(steps))
+    return Outcome(gradients, norm, losses, {name: weight.detach() for name, weight in twin.weights.items()})
+
+
+def bare(config: RunConfig) -> RunConfig:
+    """Only what defines the model and its training: the twin's key."""
+    plain = RunConfig()
+    return config.replace(
+        **{
+            "mesh.pp": 1, "mesh.dp": 1, "mesh.tp": 1, "mesh.sequence_parallel": True, "pipeline.schedule": "1f1b",
+            "pipeline.virtual_stages": 1, "pipeline.split": None, "data_parallel.zero": plain.data_parallel.zero,
+            "micro_batch_size": 1, "data_parallel.bucket_mb": plain.data_parallel.bucket_mb,
+        }
+    )  # fmt: skip
+
+
+def check_equal(world: World, config: RunConfig, steps: int = 20) -> None:
+    """First loss to 1e-6, each gradient tensor to ‖Δ‖/‖g‖ ≤ 1e-5, the norm, and the losses of all steps to 1e-5."""
+    mine, truth = run_mesh(world, config, steps), run_twin(bare(config), steps)
+    assert abs(mine.losses[0] - truth.losses[0]) <= 1e-6 * truth.losses[0]
+    assert mine.gradients.keys() == truth.gradients.keys()
+    for name, gradient in truth.gradients.items():
+        difference = (mine.gradients[name] - gradient).norm().item()
+        assert difference <= 1e-5 * gradient.norm().item(), f"{name}: {difference} of {gradient.norm().item()}"
+    assert abs(mine.grad_norm - truth.grad_norm) <= 1e-5 * truth.grad_norm
+    worst = max(abs(a - b) / b for a, b in zip(mine.losses, truth.losses, strict=True))
+    assert worst <= 1e-5, f"losses differ by {worst}"
