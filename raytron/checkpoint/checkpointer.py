@@ -58,13 +58,13 @@ def save(
     path = peers.attempt(what, lambda: _create(directory, step, facts) if peers.rank == 0 else None)[0]
     assert path is not None
     writer = SafetensorsWriter(path, step=step, facts=facts, rank=peers.rank, ranks=peers.size, hook=hook)
-    planner = SlicePlanner(str(path))
+    planner = SlicePlanner(str(path), slices)
     try:
         _run(
             peers,
             what,
             lambda: dcp_save(
-                dict(slices), storage_writer=writer, planner=planner, process_group=peers.group, no_dist=peers.alone
+                {}, storage_writer=writer, planner=planner, process_group=peers.group, no_dist=peers.alone
             ),
         )
     except CheckpointError:
@@ -133,14 +133,12 @@ def _load(
 
     if len(set(peers.attempt(what, open_here))) > 1:
         raise CheckpointError(f"{what}: the ranks do not see the same generation at {place}")
-    planner = ShadowPlanner(str(place), convert=convert, partial=partial)
+    planner = ShadowPlanner(str(place), slices, convert=convert, partial=partial)
     reader = SafetensorsReader(opened[0], hook=hook)
     _run(
         peers,
         what,
-        lambda: dcp_load(
-            dict(slices), storage_reader=reader, planner=planner, process_group=peers.group, no_dist=peers.alone
-        ),
+        lambda: dcp_load({}, storage_reader=reader, planner=planner, process_group=peers.group, no_dist=peers.alone),
     )
     planner.swap()
     return opened[0].facts

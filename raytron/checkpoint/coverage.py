@@ -39,6 +39,8 @@ class Box(NamedTuple):
         )
 
     def __str__(self) -> str:
+        if len(self.offsets) != len(self.sizes):
+            return f"of sizes {self.sizes} at offsets {self.offsets}"
         ranges = (f"{offset}:{offset + size}" for offset, size in zip(self.offsets, self.sizes, strict=True))
         return f"[{', '.join(ranges)}]"
 

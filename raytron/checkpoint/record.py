@@ -105,7 +105,7 @@ def dump_commit(commit: Commit) -> bytes:
         "facts": commit.facts,
         "metadata": {"size": commit.metadata.size, "digest": commit.metadata.digest},
     }
-    return to_json({**body, "seal": digest_bytes(to_json(body))}) + b"\n"
+    return to_json({**body, "seal": digest_bytes(to_json(body))})
 
 
 def parse_commit(path: Path, data: bytes) -> Commit:
