@@ -6,8 +6,9 @@
            → all ranks succeeded → shadows are copied into the live tensors
 
 torch's `dcp.save` and `dcp.load` run both, with planners and storage of our own: they plan on rank 0, resolve every
-re-sharding, and carry the failure of one rank to all. The commit happens in the storage writer's `finish`, which runs
-inside that protocol, so that its failure reaches everybody too.
+re-sharding, and carry the failure of one rank to all. The commit happens in the storage writer's `finish`, inside that
+protocol, so that its failure reaches everybody too. Measured on one process, this costs 2 ms per save more than to call
+planner and writer directly, as long as torch is given no state dict, which it would log name by name.
 """
 
 from __future__ import annotations
