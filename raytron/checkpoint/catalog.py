@@ -211,8 +211,11 @@ def abandon(path: Path) -> None:
 def remove(path: Path) -> bool:
     """Remove a generation's directory: first it stops to count, then its files go. True if nothing of it is left."""
     abandon(path)
-    shutil.rmtree(path, onerror=lambda _function, name, error: log.warning("%s: can't be removed: %s", name, error[1]))
-    return not path.exists()
+    shutil.rmtree(path, ignore_errors=True)
+    gone = not path.exists()
+    if not gone:
+        log.warning("%s: can't be removed; it does not count any more", path)
+    return gone
 
 
 # ---- retention

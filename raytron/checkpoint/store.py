@@ -106,7 +106,7 @@ class SafetensorsWriter(StorageWriter):
 
     def _check_directory(self, records: Records) -> None:
         """The shards that were reported are there, with their sizes, and nothing else is."""
-        present = {entry.name for entry in self.path.iterdir()} - {WRITING}
+        present = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")} - {WRITING}
         strangers = sorted(present - set(records.files))
         if strangers:
             raise CheckpointError(f"{self.path / strangers[0]}: this file is not part of the save")

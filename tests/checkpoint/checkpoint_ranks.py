@@ -1,9 +1,10 @@
-"""What each of four gloo processes does for the tests of checkpoints on several ranks. All cases in one spawn."""
+"""What each of four gloo processes does for the tests of checkpoints on several ranks."""
 
 from __future__ import annotations
 
 import errno
-import pickle
+import json
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from checkpoint_cases import flip_bit, shards, share, tensors, wrong
 
 from raytron.checkpoint import checkpointer
+from raytron.checkpoint.catalog import prune
 from raytron.checkpoint.whole import read_whole
 from raytron.errors import CheckpointError
 from raytron.parallel.layout import Slice
@@ -159,17 +161,29 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def run(rank: int, root: Path) -> None:
-    """Run every case on one rank; what it returns goes to `root/<case>/rank<n>.result`."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(root / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+def run(rank: int, root: Path) -> dict[str, Any]:
+    """Run every case on one rank; what it returns, by the case's name."""
+    found = {}
     for case in CASES:
         directory = root / case.__name__
         directory.mkdir(exist_ok=True)
-        result = (
-            case(rank, directory / "checkpoints") if case is not directory_can_not_be_made else case(rank, directory)
-        )
-        (root / f"{case.__name__}.{rank}").write_bytes(pickle.dumps(result))
+        found[case.__name__] = case(rank, directory)
         dist.barrier()
-    dist.destroy_process_group()
+    return found
+
+
+def die_while_saving(rank: int, root: Path) -> None:
+    """Rank 1 dies as it begins to write; rank 0 writes down what it saw and what a later prune removed."""
+    store = dist.FileStore(str(root / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+
+    def die(_phase: str) -> None:
+        if rank == 1:
+            os._exit(9)
+
+    try:
+        checkpointer.save(root / "checkpoints", 1, share(tensors(), 2, rank), {}, hook=die)
+    except Exception as error:
+        left = sorted(path.name for path in (root / "checkpoints").glob("*/*"))
+        seen = {"error": type(error).__name__, "left": left, "pruned": len(prune(root / "checkpoints", 1))}
+        (root / "seen.json").write_text(json.dumps(seen))

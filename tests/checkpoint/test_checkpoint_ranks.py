@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import pickle
+import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import checkpoint_ranks
 import pytest
-import torch.multiprocessing
 from checkpoint_cases import shards, tensors
 
 from raytron.checkpoint.catalog import committed, newest_good, open_generation
+from raytron.testing.world import World
 
 Results = Callable[[str], list[Any]]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(checkpoint_ranks.run, (path,), nprocs=checkpoint_ranks.RANKS)
-    return path
+    return tmp_path_factory.mktemp("ranks")
 
 
 @pytest.fixture(scope="module")
-def results(root: Path) -> Results:
-    """What each rank found in a case, in rank order."""
-    return lambda case: [pickle.loads((root / f"{case}.{rank}").read_bytes()) for rank in range(checkpoint_ranks.RANKS)]
+def results(world: World, root: Path) -> Results:
+    """What each rank found in a case, in rank order; all cases run at once."""
+    found = world.run(checkpoint_ranks.RANKS, checkpoint_ranks.run, root)
+    return lambda case: [rank[case] for rank in found]
 
 
 def test_saved_on_4_ranks_loads_on_4_3_2_and_1(root: Path, results: Results) -> None:
@@ -38,7 +38,7 @@ def test_saved_on_4_ranks_loads_on_4_3_2_and_1(root: Path, results: Results) -> 
             assert found[rank][f"wrong {size}"] == []
             assert found[rank][f"facts {size}"] == {"step": 3}
     assert found[2]["whole"]
-    good = newest_good(root / "save_on_4_load_on_any" / "checkpoints")
+    good = newest_good(root / "save_on_4_load_on_any")
     assert good is not None
     assert good.ranks == 4
     assert len(shards(good.path)) == 4
@@ -53,7 +53,7 @@ def test_a_group_may_leave_ranks_out(results: Results) -> None:
 
 
 def test_replicas_are_written_once_and_spread(root: Path, results: Results) -> None:
-    path = root / "replicas_are_written_once" / "checkpoints" / results("replicas_are_written_once")[0]
+    path = root / "replicas_are_written_once" / results("replicas_are_written_once")[0]
     sizes = [file.stat().st_size for file in shards(path)]
     assert len(sizes) == 4
     assert max(sizes) < 1.05 * min(sizes)
@@ -76,7 +76,7 @@ def test_one_ranks_failure_reaches_all_and_commits_nothing(root: Path, results: 
         for case, error in seen.items():
             assert f"rank {case[0]}: rank-file: No space left on device" in error
     for case in ("2-write", "0-write", "0-publish"):
-        assert list((root / "one_rank_fails" / "checkpoints" / case).iterdir()) == []
+        assert list((root / "one_rank_fails" / case).iterdir()) == []
 
 
 def test_a_directory_that_can_not_be_made_is_told_to_all(results: Results) -> None:
@@ -100,11 +100,11 @@ def test_coverage_is_exact(root: Path, results: Results, case: str, message: str
     errors = {rank[case] for rank in results("coverage_is_exact")}
     assert len(errors) == 1
     assert message in errors.pop()
-    assert committed(root / "coverage_is_exact" / "checkpoints") == []
+    assert committed(root / "coverage_is_exact") == []
 
 
 def test_damage_to_one_ranks_file_stops_every_rank(root: Path, results: Results) -> None:
-    damaged = open_generation(next((root / "damaged_on_one_rank" / "checkpoints").iterdir()))
+    damaged = open_generation(next((root / "damaged_on_one_rank").iterdir()))
     for rank in results("damaged_on_one_rank"):
         assert rank["untouched"]
         assert "rank00003-000.safetensors: damaged: its digest is" in rank["error"]
@@ -121,3 +121,20 @@ def test_small_checkpoints_are_quick(results: Results) -> None:
     slowest = {what: max(rank[what] for rank in results("how_long")) for what in ("save", "load")}
     print(slowest)
     assert max(slowest.values()) < 10
+
+
+@pytest.mark.recovery
+def test_a_rank_that_dies_leaves_nothing_committed(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=checkpoint_ranks.die_while_saving, args=(rank, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 9]
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["error"] != "CheckpointError"
+    assert "ABANDONED" in seen["left"]
+    assert "COMMIT" not in seen["left"]
+    assert seen["pruned"] == 1
+    assert list((tmp_path / "checkpoints").iterdir()) == []
