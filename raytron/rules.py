@@ -1,8 +1,9 @@
 """The rules between the values of a configuration, all checked at once.
 
-`problems` goes through two tables: RANGES, of keys and the values they may have, and RULES, of relations between keys. A
-relation is looked at only where the keys that it reads are themselves in order, so that one mistake is reported once and no
-rule divides by zero. Each problem says where, what and the remedy, with the nearest values that would do. Nothing is changed.
+`problems` goes through two tables: RANGES, of keys and the values they may have, and RULES, of relations between keys.
+A relation is looked at only where the keys that it reads are themselves in order, so that one mistake is reported once
+and no rule divides by zero. Each problem says where, what and the remedy, with the nearest values that would do.
+Nothing is changed.
 """
 
 from __future__ import annotations
@@ -170,7 +171,9 @@ def _tensor_parallel(config: RunConfig) -> Iterator[Problem]:
     if model.heads % tp:
         yield Problem("mesh.tp", _divide(model.heads, "heads", tp), use)
     elif not _kv_fits(model.num_kv_heads, tp):
-        what = f"{model.num_kv_heads} KV heads can neither be cut in {tp} equal parts nor be repeated equally over {tp} ranks"
+        what = (
+            f"{model.num_kv_heads} KV heads can neither be cut in {tp} equal parts nor repeated equally over {tp} ranks"
+        )
         yield Problem("mesh.tp", what, use)
     if model.ffn % tp:
         what = _divide(model.ffn, "feed-forward channels", tp)

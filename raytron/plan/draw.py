@@ -117,7 +117,7 @@ def mesh_text(mesh: MeshShape, rows: int = 16) -> str:
         ranks = [mesh.rank(Coords(pp, dp, cp, tp)) for cp in range(mesh.cp) for tp in range(mesh.tp)]
         text = " ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]} … {ranks[-1]}"
         lines.append(f"pp {pp}  dp {dp}  ranks {text}")
-    return "\n".join([f"{mesh}: {mesh.world} rank{'s' if mesh.world != 1 else ''}", *(f"  {line}" for line in lines)])
+    return "\n".join([f"{mesh}: {plural(mesh.world, 'rank')}", *(f"  {line}" for line in lines)])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -138,9 +138,22 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def amount(count: float) -> str:
-    """A large number in short: `8.03 G`."""
-    for unit, power in (("E", 18), ("P", 15), ("T", 12), ("G", 9), ("M", 6), ("k", 3)):
+def amount(count: float, unit: str) -> str:
+    """A large number of some unit with its prefix: `449.22 GFLOP`."""
+    for prefix, power in (("E", 18), ("P", 15), ("T", 12), ("G", 9), ("M", 6), ("k", 3)):
         if count >= 10**power:
-            return f"{count / 10**power:.2f} {unit}"
-    return f"{count:.0f} "
+            return f"{count / 10**power:.2f} {prefix}{unit}"
+    return f"{count:.0f} {unit}"
+
+
+def counted(count: float) -> str:
+    """A large number in words: `8.03 billion`."""
+    for word, power in (("trillion", 12), ("billion", 9), ("million", 6)):
+        if count >= 10**power:
+            return f"{count / 10**power:.2f} {word}"
+    return f"{count:,.0f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 node`, `2 nodes`."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -120,7 +120,8 @@ def formula(model: ModelConfig, sequence_length: int) -> str:
     """FORMULA with this model's numbers."""
     matrices, head = layer_parameters(model).matrices, model.hidden * model.vocab
     context = mean_context(model, sequence_length)
-    return f"6·({model.layers}·{matrices:,} + {head:,}) + 12·{model.layers}·{model.heads}·{model.dim_per_head}·{context:,.0f}"
+    attention = f"12·{model.layers}·{model.heads}·{model.dim_per_head}·{context:,.0f}"
+    return f"6·({model.layers}·{matrices:,} + {head:,}) + {attention}"
 
 
 def peak_flops(device_name: str | None, dtype: str = "bf16") -> float | None:

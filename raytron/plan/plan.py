@@ -7,8 +7,9 @@ another plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from raytron.config import RunConfig
 from raytron.errors import ConfigError
@@ -55,8 +56,14 @@ class Plan:
         """Model FLOPs of training for each token, by `raytron.plan.flops.FORMULA`."""
         return flops.flops_per_token(self.config.model, self.config.sequence_length)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed but will hardly do well on the plan's cluster."""
+        return () if self.cluster is None else tuple(_warnings(self, self.cluster))
+
     def __str__(self) -> str:
-        return "\n\n".join([_head(self), _pipeline(self), _bytes(self), _work(self)])
+        parts = [_head(self), _pipeline(self), _bytes(self), _work(self)]
+        return "\n\n".join([*parts, *(f"warning: {text}" for text in self.warnings)])
 
 
 def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
@@ -117,28 +124,40 @@ def stage_cost(config: RunConfig, stages: Sequence[tuple[int, int]]) -> Cost:
     )
 
 
+def _warnings(plan: Plan, cluster: ClusterShape) -> Iterator[str]:
+    config = plan.config
+    if cluster.device(config.cluster) == "cuda":
+        gpus = max(int(node.gpus) for node in cluster.nodes)
+        if plan.mesh.tp > gpus:
+            yield f"tensor parallel over {plan.mesh.tp} ranks crosses nodes, the largest of which has {gpus} GPUs"
+        return
+    needed = sum(rank.total for rank in plan.memory.ranks) * plan.mesh.dp * plan.mesh.tp
+    known = [node.memory_bytes for node in cluster.nodes]
+    if all(known) and needed > 0.8 * sum(known):
+        yield f"the workers need about {draw.size(needed)} together, and the nodes have {draw.size(sum(known))}"
+
+
 def _head(plan: Plan) -> str:
-    config, model = plan.config, plan.config.model
+    config, model, mesh = plan.config, plan.config.model, plan.mesh
     heads = f"{model.heads} heads" + (f" ({model.num_kv_heads} KV)" if model.num_kv_heads != model.heads else "")
-    device = f" on {plan.cluster}" if plan.cluster is not None else ""
-    zero = f"ZeRO {config.data_parallel.zero}"
-    along = ", sequence parallel" if config.mesh.sequence_parallel and plan.mesh.tp > 1 else ""
-    return "\n".join(
-        [
-            f"{config.name}: {draw.amount(flops.parameters(model))}parameters, {config.steps} steps of "
-            f"{plan.tokens_per_step:,} tokens",
-            f"model     {model.layers} layers, hidden {model.hidden}, {heads}, feed-forward {model.ffn} "
-            f"{model.activation}, vocabulary {model.vocab}",
-            f"mesh      {plan.mesh}: {plan.mesh.world} workers{device}; {zero}{along}, {config.precision.dtype}",
-            f"batch     {config.global_batch_size} sequences of {config.sequence_length} tokens = {plan.mesh.dp} replicas × "
-            f"{config.microbatches} micro-batches × {config.micro_batch_size}",
-        ]
-    )
+    where = f" on {plan.cluster}" if plan.cluster is not None else ""
+    along = ", sequence parallel" if config.mesh.sequence_parallel and mesh.tp > 1 else ""
+    lines = [
+        f"{config.name}: {draw.counted(flops.parameters(model))} parameters, {draw.plural(config.steps, 'step')} of "
+        f"{plan.tokens_per_step:,} tokens",
+        f"model     {model.layers} layers, hidden {model.hidden}, {heads}, feed-forward {model.ffn} "
+        f"{model.activation}, vocabulary {model.vocab}",
+        f"mesh      {mesh}: {draw.plural(mesh.world, 'worker')}{where}",
+        f"state     ZeRO {config.data_parallel.zero}{along}, {config.precision.dtype}",
+        f"batch     {config.global_batch_size} sequences of {config.sequence_length} tokens = "
+        f"{draw.plural(mesh.dp, 'replica')} × {config.microbatches} micro-batches × {config.micro_batch_size}",
+    ]
+    return "\n".join(lines)
 
 
 def _pipeline(plan: Plan) -> str:
-    sizes = [end - begin for begin, end in plan.stages]
-    shown = " ".join(map(str, sizes)) if len(sizes) <= 32 else " ".join(map(str, sizes[:31])) + f" … {sizes[-1]}"
+    runs = [(size, len(list(same))) for size, same in groupby(end - begin for begin, end in plan.stages)]
+    shown = " ".join(f"{size}" if count == 1 else f"{count}×{size}" for size, count in runs)
     how = "as configured" if plan.config.pipeline.split else "balanced by cost"
     head = [
         f"stages    {shown} layers, {how} with embedding and loss head",
@@ -168,9 +187,9 @@ def _work(plan: Plan) -> str:
     model, length = plan.config.model, plan.config.sequence_length
     full = flops.flops_per_token(model, length, full_attention=True)
     lines = [
-        f"work      {draw.amount(plan.flops_per_token)}FLOP per token, "
-        f"{draw.amount(plan.flops_per_token * plan.tokens_per_step)}FLOP per step "
-        f"(not counting causality: {draw.amount(full)}FLOP per token)",
+        f"work      {draw.amount(plan.flops_per_token, 'FLOP')} per token, "
+        f"{draw.amount(plan.flops_per_token * plan.tokens_per_step, 'FLOP')} per step "
+        f"(not counting causality: {draw.amount(full, 'FLOP')} per token)",
         f"          = {flops.FORMULA}",
         f"          = {flops.formula(model, length)}",
     ]

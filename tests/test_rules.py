@@ -1,0 +1,146 @@
+"""Every rule: where it points and what it proposes; and that what it proposes is legal."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytron.config import DataParallelConfig, RunConfig, flatten, to_mapping
+from raytron.plan.plan import make_plan
+from raytron.rules import RANGES, RULES, problems
+
+CASES = [
+    (
+        {"model.heads": 7},
+        "model.heads",
+        "256 hidden channels cannot be cut in 7 equal parts",
+        "use 1, 2, 4, 8, 16 or 32",
+    ),
+    ({"model.kv_heads": 3}, "model.kv_heads", "8 heads cannot share 3 KV heads", "use 1, 2, 4 or 8"),
+    (
+        {"model.heads": 16, "mesh.tp": 3, "model.ffn": 768, "mesh.sequence_parallel": False},
+        "mesh.tp",
+        "16 heads cannot be cut in 3 equal parts",
+        "use 1, 2, 4, 8 or 16",
+    ),
+    (
+        {
+            "model.heads": 12,
+            "model.hidden": 384,
+            "model.kv_heads": 6,
+            "mesh.tp": 4,
+            "model.ffn": 768,
+            "mesh.sequence_parallel": False,
+        },
+        "mesh.tp",
+        "6 KV heads can neither be cut in 4",
+        "use 1, 2, 3, 6 or 12",
+    ),
+    (
+        {"model.ffn": 706, "mesh.tp": 4},
+        "mesh.tp",
+        "706 feed-forward channels",
+        "use 1 or 2, or set model.ffn to 704 or 708",
+    ),
+    ({"sequence_length": 255, "mesh.tp": 2}, "sequence_length", "under sequence parallelism", "use 254 or 256"),
+    ({"sequence_length": 4096, "model.positions": "learned"}, "sequence_length", "2048 learned", "use at most 2048"),
+    ({"mesh.cp": 2}, "mesh.cp", "this version has no context parallelism", "use 1"),
+    ({"mesh.ep": 2}, "mesh.ep", "this version has no expert parallelism", "use 1"),
+    ({"mesh.pp": 8}, "mesh.pp", "4 layers cannot fill 8 stages", "at most 4 stages, or at least 8 layers"),
+    ({"mesh.pp": 2, "pipeline.split": [1, 1, 2]}, "pipeline.split", "3 entries for 2 stages", "give 2 entries"),
+    ({"mesh.pp": 2, "pipeline.split": [4, 0]}, "pipeline.split", "leaves a stage without", "at least 1"),
+    ({"mesh.pp": 2, "pipeline.split": [1, 2]}, "pipeline.split", "1 + 2 = 3 layers", "sum to 4"),
+    ({"micro_batch_size": 3}, "global_batch_size", "16 sequences", "use 15 or 18"),
+    ({"pipeline.virtual_stages": 2}, "pipeline.virtual_stages", "1f1b has one model chunk", "to interleaved"),
+    (
+        {"pipeline.schedule": "interleaved", "pipeline.virtual_stages": 2},
+        "pipeline.schedule",
+        "more than one pipeline",
+        "1f1b",
+    ),
+    (
+        {"pipeline.schedule": "interleaved", "mesh.pp": 2},
+        "pipeline.virtual_stages",
+        "more than one model",
+        "use 2 or more",
+    ),
+    (
+        {"pipeline.schedule": "interleaved", "mesh.pp": 2, "pipeline.virtual_stages": 2, "global_batch_size": 15},
+        "global_batch_size",
+        "groups of 2 (pp), and 15",
+        "use 14 or 16",
+    ),
+    ({"model.hidden": 264}, "model.head_dim", "a head has 33", "use 32 or 34"),
+    ({"data.tokenizer.vocab": 5000}, "data.tokenizer.vocab", "5000 tokens", "use at most 4096"),
+    ({"lr.warmup_steps": 100}, "lr.warmup_steps", "leave nothing of the 100 steps", "use at most 99, or raise steps"),
+    ({"lr.final": 1.0}, "lr.final", "above the peak", "use at most 0.0003"),
+    ({"model.dropout": 1.0}, "model.dropout", "too large", "less than 1"),
+    ({"data.validation_fraction": 0}, "data.validation_fraction", "too small", "more than 0"),
+    ({"optimizer.beta2": 1}, "optimizer.beta2", "too large", "less than 1"),
+    ({"evaluate.prompt": " "}, "evaluate.prompt", "is empty", "or null"),
+    ({"run_dir": ""}, "run_dir", "is empty", "give a text"),
+    ({"data.sources": []}, "data.sources", "no sources", "python-stdlib"),
+    ({"resume.allow": ["lr.peek"]}, "resume.allow", "no key", "lr.peak"),
+]
+
+
+@pytest.mark.parametrize(("changes", "where", "what", "remedy"), CASES, ids=[case[1] + "-" + case[2] for case in CASES])
+def test_a_rule_says_where_what_and_remedy(changes, where, what, remedy):
+    found = problems(RunConfig().replace(**changes))
+    assert len(found) == 1, found
+    assert found[0].where == where
+    assert what in found[0].what
+    assert remedy in found[0].remedy
+
+
+def test_the_defaults_are_legal():
+    assert problems(RunConfig()) == []
+
+
+def test_all_are_reported_at_once():
+    found = problems(RunConfig().replace(**{"steps": 0, "mesh.cp": 2, "model.dropout": 2, "micro_batch_size": 3}))
+    assert {problem.where for problem in found} == {"steps", "mesh.cp", "model.dropout", "global_batch_size"}
+
+
+def test_values_of_a_wrong_type_do_not_hide_the_rest():
+    broken = RunConfig(steps="many", run_dir="", data_parallel=DataParallelConfig(zero=3))  # type: ignore[arg-type]
+    found = {problem.where: problem.remedy for problem in problems(broken)}
+    assert found == {
+        "steps": "give a whole number",
+        "data_parallel.zero": "give one of 0, 1, 2",
+        "run_dir": "give a text",
+    }
+
+
+def test_every_key_named_in_a_rule_exists():
+    keys = set(flatten(to_mapping(RunConfig())))
+    assert {rule.key for rule in RANGES} <= keys
+    assert {key for reads, _ in RULES for key in reads.split()} <= keys
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {
+            "model.heads": st.integers(1, 12),
+            "model.kv_heads": st.none() | st.integers(1, 6),
+            "model.hidden": st.sampled_from([64, 96, 120]),
+            "model.ffn": st.sampled_from([96, 100, 128]),
+            "model.layers": st.integers(1, 9),
+            "mesh.tp": st.integers(1, 6),
+            "mesh.pp": st.integers(1, 4),
+            "mesh.dp": st.integers(1, 3),
+            "pipeline.virtual_stages": st.integers(1, 2),
+            "pipeline.schedule": st.sampled_from(["gpipe", "1f1b", "zb-h1", "interleaved"]),
+            "global_batch_size": st.integers(1, 24),
+            "micro_batch_size": st.integers(1, 2),
+        }
+    )
+)
+def test_what_the_rules_admit_can_be_planned(changes):
+    config = RunConfig().replace(**changes, **{"mesh.sequence_parallel": False})
+    if problems(config):
+        return
+    plan = make_plan(config, None)
+    assert plan.stages[-1][1] == config.model.layers
+    assert sum(len(row) for row in plan.evaluation.rows) == config.microbatches * len(plan.stages)
+    assert str(plan)
