@@ -4,8 +4,8 @@ A schedule is drawn with a row for each rank and time to the right, as if every 
 of a rank took one unit; a full backward takes two. An action is its letter and micro-batch, `=` while it goes on, `.` where
 the rank is idle. Letters are small for the odd ones of a rank's model chunks:
 
-    rank 0 │F0F1....B0==F2B1==B2==
-    rank 1 │..F0B0==F1B1==F2B2==..
+    rank 0 │F0F1....B0==F2B1==..B2==
+    rank 1 │..F0B0==F1B1==F2B2==....
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ A model is cut into stages, a batch into micro-batches. An action is one of four
     F  forward        B  full backward = I + W        I  gradient of the input        W  gradient of the weights
 
 and is written `2F0`: stage 2, forward, micro-batch 0. A row is run strictly in order; transfers between ranks are not
-written down, because both ends derive them from the sender's row. With 4 ranks and 4 micro-batches, time to the right:
+written down, because both ends derive them from the sender's row. The row of the first of two ranks:
 
-    gpipe  F0 F1 F2 F3          B0 .. B1 ..              all forwards, then all backwards; m micro-batches live
-    1f1b   F0 F1 F2 F3 B0 ..                             one forward, one backward; at most p live
-    zb-h1  F0 F1 F2 F3 I0 W0                             weight gradients fill the gaps of 1f1b; still at most p live
+    gpipe  F0 F1 F2 F3 B0 B1 B2 B3               all forwards first: all m micro-batches are live at once
+    1f1b   F0 F1 B0 F2 B1 F3 B2 B3               then one forward, one backward: at most p are live
+    zb-h1  F0 F1 I0 W0 F2 I1 W1 F3 I2 W2 I3 W3   later ranks put W off, to where 1f1b idles: at most p are live
 
 `interleaved` gives each rank v model chunks (stage s stands on rank s mod p), so that the pipeline fills in a v-th of the
 time. Sources: GPipe (arXiv 1811.06965), 1F1B and interleaved (Megatron-LM, arXiv 2104.04473), ZB-H1 (arXiv 2401.10241).

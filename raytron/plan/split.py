@@ -34,11 +34,6 @@ def balanced(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     return _most_even(total, stages, _smallest_maximum(total, stages))
 
 
-def even(layers: int, stages: int) -> tuple[int, ...]:
-    """Layers of each stage where all cost the same; the first stages take one more where they don't divide."""
-    return tuple(layers // stages + (stage < layers % stages) for stage in range(stages))
-
-
 def ranges(sizes: Sequence[int]) -> tuple[Range, ...]:
     """The layers [a, b) of each stage from how many it has."""
     ends = list(accumulate(sizes))

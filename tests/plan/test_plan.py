@@ -12,6 +12,7 @@ import pytest
 from raytron import presets
 from raytron.config import RunConfig
 from raytron.errors import ConfigError
+from raytron.plan import draw
 from raytron.plan.draw import COLUMNS, mesh_text, schedule_svg, schedule_text, size, table
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import ClusterShape, NodeShape, make_plan
@@ -98,6 +99,8 @@ def test_warnings_name_what_will_hardly_do():
 
 
 def test_a_drawing_shows_each_action():
+    drawn = schedule_text(generate("1f1b", 2, 1, 3)).splitlines()[:2]
+    assert all(line in draw.__doc__ for line in drawn)
     text = schedule_text(generate("1f1b", 2, 1, 4))
     assert text.splitlines()[0] == "rank 0 │F0F1....B0==F2B1==F3B2==..B3=="
     assert text.splitlines()[1] == "rank 1 │..F0B0==F1B1==F2B2==F3B3==...."

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytron.plan.split import balanced, even, ranges
+from raytron.plan.split import balanced, ranges
 
 cost_lists = st.lists(st.integers(0, 20), min_size=1, max_size=9)
 
@@ -42,14 +42,6 @@ def test_large_splits_are_quick():
     sizes = balanced([3.0] + [1.0] * 510 + [9.5], 64)
     assert sum(sizes) == 512
     assert max(stage_costs([3.0] + [1.0] * 510 + [9.5], sizes)) <= 9.5
-
-
-@given(st.integers(1, 100), st.data())
-def test_even_is_even(layers, data):
-    stages = data.draw(st.integers(1, layers))
-    sizes = even(layers, stages)
-    assert sum(sizes) == layers
-    assert max(sizes) - min(sizes) <= 1
 
 
 def test_impossible_splits_are_refused():
