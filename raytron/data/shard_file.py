@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +94,6 @@ def read_shard(path: Path) -> Shard:
         raise DataError(Problem(str(path), "the shard is missing", REBUILD)) from None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(Problem(str(path), f"not a readable shard: {error}", REBUILD)) from None
-
-
-def join_shards(shards: Sequence[Shard]) -> tuple[NDArray[np.uint32], NDArray[np.int64], NDArray[np.uint64]]:
-    """The tokens, offsets and document ids of several shards (at least one) as one, in order."""
-    tokens = np.concatenate([shard.tokens for shard in shards])
-    lengths = np.concatenate([np.diff(shard.offsets) for shard in shards])
-    return tokens, offsets_of(lengths), np.concatenate([shard.doc_ids for shard in shards])
 
 
 def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

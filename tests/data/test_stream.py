@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +103,7 @@ def test_few_shards_stay_open(dataset: Dataset, monkeypatch: pytest.MonkeyPatch)
 def test_an_id_beyond_the_vocabulary_names_its_shard(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, [[[1, 2, 3, 4, 5, 6]]])
     entry = write_entry(tmp_path, "train-00000.arrow", "train", [[1, 2, 3, 4, 5, 1500]])
-    write_manifest(
-        tmp_path,
-        Dataset(tmp_path, dataset.manifest).manifest.__class__(**{**dataset.manifest.__dict__, "shards": (entry,)}),
-    )
+    write_manifest(tmp_path, replace(dataset.manifest, shards=(entry,)))
     with pytest.raises(DataError, match=r"train-00000.arrow: token id 1500 is beyond the vocabulary of 1000"):
         ShardStream(dataset, "train", 5).batch(0, 1)
 

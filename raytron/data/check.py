@@ -1,0 +1,110 @@
+"""What can be said about a run's data before Ray is started: sources, tokenizer, data set, vocabulary.
+
+Everything here only looks; nothing is written, no text is read. `raytron.data.prepare` looks again before it works.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raytron.config import DataConfig, RunConfig, to_mapping
+from raytron.data.corpus import resolve
+from raytron.data.manifest import FILE_NAME
+from raytron.data.shards import Dataset, open_dataset
+from raytron.data.tokenizer import SMALLEST_VOCAB, Tokenizer
+from raytron.errors import ConfigError, DataError, Problem, RaytronError
+
+BUILD_KEYS = ("sources", "text_key", "validation_fraction", "shard_mb", "max_mb", "tokenizer")
+
+
+def data_folder(config: RunConfig) -> Path:
+    """Where the data set of a run lies, whether or not it has been prepared."""
+    return Path(config.run_dir) / "data" if config.data.dataset is None else Path(config.data.dataset)
+
+
+def build_config(data: DataConfig) -> dict[str, object]:
+    """The part of a configuration that decides what a prepared data set holds."""
+    mapping = to_mapping(data)
+    return {key: mapping[key] for key in BUILD_KEYS}
+
+
+def data_problems(config: RunConfig) -> list[Problem]:
+    """Everything that keeps a run from using its data, as far as can be told without reading text."""
+    try:
+        if config.data.dataset is not None or (data_folder(config) / FILE_NAME).exists():
+            return dataset_problems(open_dataset(data_folder(config)), config)
+        return [*source_problems(config.data), *_vocab_problems(config)]
+    except RaytronError as error:
+        return problems_of(error, "data.dataset")
+
+
+def dataset_problems(dataset: Dataset, config: RunConfig) -> list[Problem]:
+    """What keeps a run from using an opened data set."""
+    data, digest = config.data, None
+    if data.tokenizer.path is not None:
+        digest = Tokenizer(data.tokenizer.path, data.tokenizer.eod).sha256
+    found = dataset.misfits(vocab=config.model.vocab, tokenizer_sha256=digest)
+    if data.dataset is None:
+        found += other_build(dataset, data)
+    return found
+
+
+def other_build(dataset: Dataset, data: DataConfig) -> list[Problem]:
+    """Each key in which the configuration differs from the one that the data set was prepared by."""
+    now = build_config(data)
+    return [
+        Problem(f"data.{key}", f"is {now[key]!r}, but {dataset.path} was prepared with {before!r}", CHANGED)
+        for key, before in ((key, dataset.manifest.build.get(key)) for key in BUILD_KEYS)
+        if before != now[key]
+    ]
+
+
+CHANGED = "take the old value, or another run_dir; or remove that folder"
+
+
+def source_problems(data: DataConfig) -> list[Problem]:
+    """What keeps a data set from being prepared."""
+    found: list[Problem] = []
+    try:
+        resolve(data.sources, data.text_key, max_bytes(data))
+    except RaytronError as error:
+        found += problems_of(error, "data.sources")
+    if data.tokenizer.path is None and data.tokenizer.vocab < SMALLEST_VOCAB:
+        what = f"{data.tokenizer.vocab} ids have no room for 256 bytes and the end-of-document token"
+        found.append(Problem("data.tokenizer.vocab", what, f"use {SMALLEST_VOCAB} or more"))
+    try:
+        if data.tokenizer.path is not None:
+            Tokenizer(data.tokenizer.path, data.tokenizer.eod)
+    except RaytronError as error:
+        found += problems_of(error, "data.tokenizer.path")
+    return found
+
+
+def max_bytes(data: DataConfig) -> int | None:
+    """`data.max_mb` in bytes."""
+    return None if data.max_mb is None else int(data.max_mb * 2**20)
+
+
+def problems_of(error: RaytronError, where: str) -> list[Problem]:
+    """The problems that an exception carries; one that is only text is put at `where`."""
+    if isinstance(error, ConfigError):
+        return list(error.problems)
+    if isinstance(error, DataError) and error.args and isinstance(error.args[0], Problem):
+        return [error.args[0]]
+    return [Problem(where, str(error), "see above")]
+
+
+def _vocab_problems(config: RunConfig) -> list[Problem]:
+    """Whether the tokenizer that the data will be made with fits the model."""
+    data = config.data
+    if data.tokenizer.path is None:
+        vocab, where = data.tokenizer.vocab, "data.tokenizer.vocab"
+    else:
+        try:
+            vocab, where = Tokenizer(data.tokenizer.path, data.tokenizer.eod).vocab, "data.tokenizer.path"
+        except RaytronError:
+            return []  # named by source_problems
+    if vocab <= config.model.vocab:
+        return []
+    what = f"gives token ids up to {vocab - 1}, the model's go only to {config.model.vocab - 1}"
+    return [Problem(where, what, f"set model.vocab to {vocab} or more")]

@@ -1,0 +1,105 @@
+"""From the parts that tasks write to the shards of a data set.
+
+A task's training part and, more so, its validation part can be far smaller than a shard, and each file's end wastes part
+of a sample. So consecutive parts of a split are joined, in the order of the corpus, until a shard is full; a part that
+fills one is only renamed. The result depends on the parts alone, not on who wrote them or when.
+
+A corpus of few documents may leave one split without any (documents are chosen by hash). Then its other split's last
+tokens are cut off for validation: a single text file has a validation split too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from raytron.data.manifest import ShardEntry, Split
+from raytron.data.shard_file import digest_of, offsets_of, read_shard, write_shard
+
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split of what one task tokenized: a file, or nothing where it has no document."""
+
+    path: str
+    split: Split
+    documents: int
+    tokens: int
+
+
+def compact(folder: Path, parts: Sequence[Part], shard_tokens: int, fraction: float) -> list[ShardEntry]:
+    """Makes shards of about `shard_tokens` tokens, training first, in `folder`; uses the parts up.
+
+    `fraction` of the tokens are cut off for validation where it is above 0 and only one split has documents.
+    """
+    filled = [part for part in parts if part.documents]
+    cut_off = fraction > 0 and len({part.split for part in filled}) == 1
+    if cut_off:
+        filled = [replace(part, split="train") for part in filled]
+    entries: list[ShardEntry] = []
+    for split in SPLITS:
+        runs = _runs([part for part in filled if part.split == split], shard_tokens)
+        entries += [_join(folder / shard_name(split, number), run) for number, run in enumerate(runs)]
+    return _cut_tail(folder, entries, fraction) if cut_off else entries
+
+
+def shard_name(split: Split, number: int) -> str:
+    return f"{split}-{number:05d}.arrow"
+
+
+def _runs(parts: Sequence[Part], shard_tokens: int) -> Iterator[list[Part]]:
+    """Consecutive parts that together hold at least `shard_tokens`; the last run may hold less."""
+    run: list[Part] = []
+    for part in parts:
+        run.append(part)
+        if sum(one.tokens for one in run) >= shard_tokens:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _join(path: Path, run: Sequence[Part]) -> ShardEntry:
+    """One shard of the parts, which are removed."""
+    if len(run) == 1:
+        os.replace(run[0].path, path)
+    else:
+        shards = [read_shard(Path(part.path)) for part in run]
+        tokens = np.concatenate([shard.tokens for shard in shards])
+        offsets = offsets_of(np.concatenate([np.diff(shard.offsets) for shard in shards]))
+        write_shard(path, tokens, offsets, np.concatenate([shard.doc_ids for shard in shards]))
+        for part in run:
+            os.unlink(part.path)
+    documents, tokens_held = sum(part.documents for part in run), sum(part.tokens for part in run)
+    return _entry(path, run[0].split, documents, tokens_held)
+
+
+def _entry(path: Path, split: Split, documents: int, tokens: int) -> ShardEntry:
+    return ShardEntry(path.name, split, documents, tokens, path.stat().st_size, digest_of(path))
+
+
+def _cut_tail(folder: Path, entries: Sequence[ShardEntry], fraction: float) -> list[ShardEntry]:
+    """Moves the last `fraction` of all tokens, but at most half of the last shard, to a validation shard."""
+    *before, last = entries
+    tail = min(int(fraction * sum(entry.tokens for entry in entries)), last.tokens // 2)
+    if not tail:
+        return list(entries)
+    path, held_out = folder / last.path, folder / shard_name("validation", 0)
+    shard, cut = read_shard(path), last.tokens - tail
+    head_documents = int(np.searchsorted(shard.offsets[:-1], cut))
+    tail_first = int(np.searchsorted(shard.offsets, cut, side="right")) - 1  # the document that holds token `cut`
+    tail_offsets = np.maximum(shard.offsets[tail_first:] - cut, 0)
+    write_shard(held_out, shard.tokens[cut:], tail_offsets, shard.doc_ids[tail_first:])
+    head_offsets = np.minimum(shard.offsets[: head_documents + 1], cut)
+    write_shard(path, shard.tokens[:cut], head_offsets, shard.doc_ids[:head_documents])
+    return [
+        *before,
+        _entry(path, "train", head_documents, cut),
+        _entry(held_out, "validation", shard.documents - tail_first, tail),
+    ]

@@ -1,0 +1,153 @@
+"""From a configuration to a data set on the disk: what `raytron tokenize` does, and `raytron train` first of all.
+
+    resolve sources ─► train (or copy) the tokenizer ─► tokenize into parts ─► join into shards ─► manifest
+
+The manifest is written last: a folder without one is an unfinished attempt, which the next one clears away. A folder
+with one is used as it is where it was made by the same configuration, and refused where it was not.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from raytron.config import DataConfig, RunConfig
+from raytron.data.check import build_config, data_folder, dataset_problems, max_bytes, other_build
+from raytron.data.compact import SPLITS, compact
+from raytron.data.corpus import Corpus, resolve, sample
+from raytron.data.manifest import FILE_NAME, Manifest, ShardEntry, Unigram, write_manifest
+from raytron.data.order import permute
+from raytron.data.shard_file import read_shard, token_dtype
+from raytron.data.shards import TOKENIZER_NAME, open_dataset
+from raytron.data.tokenize import Job, Report, Tokenized, tokenize_corpus
+from raytron.data.tokenizer import Tokenizer, train_tokenizer
+from raytron.errors import ClusterError, ConfigError, DataError, Problem
+
+PARTS = "parts"
+TOKENIZER_SHARE = 0.25  # of the time, about, for the progress that is reported
+
+
+def silent(fraction: float, message: str) -> None:
+    """Reports nothing."""
+
+
+def ensure_dataset(config: RunConfig, report: Report = silent) -> Path:
+    """The folder of the data set that a run reads, prepared now where it is not there yet.
+
+    Ray must be initialised if it is to be prepared. Raises ConfigError where the data set does not fit the run or was
+    prepared by another configuration, DataError where it or the corpus can't be used, ClusterError without Ray.
+    """
+    folder = data_folder(config)
+    if config.data.dataset is None:
+        prepare(config.data, folder, report)
+    found = dataset_problems(open_dataset(folder), config)
+    if found:
+        raise ConfigError(found)
+    return folder
+
+
+def prepare(data: DataConfig, directory: str | Path, report: Report = silent) -> Path:
+    """Makes a data set in `directory`, or leaves the one that the same configuration made there. Returns the folder.
+
+    Ray must be initialised, if there is something to do. Raises as `ensure_dataset`.
+    """
+    folder = Path(directory)
+    if (folder / FILE_NAME).exists():
+        found = other_build(open_dataset(folder), data)
+        if found:
+            raise ConfigError(found)
+        report(1.0, f"the data set in {folder} is complete")
+        return folder
+    corpus = resolve(data.sources, data.text_key, max_bytes(data))
+    if not ray.is_initialized():
+        raise ClusterError("Ray is not initialised\n    remedy: call ray.init() before a data set is prepared")
+    _clear(folder)
+    tokenizer = _make_tokenizer(data, corpus, folder / TOKENIZER_NAME, report)
+    _tokenize(data, corpus, tokenizer, folder, report)
+    report(1.0, f"the data set in {folder} is complete")
+    return folder
+
+
+def _clear(folder: Path) -> None:
+    """Makes the folder, without what an unfinished attempt left; refuses one that holds anything else."""
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = [path for path in folder.iterdir() if _is_ours(path)]
+    foreign = sorted(path.name for path in folder.iterdir() if path not in ours)
+    if foreign:
+        what = f"holds no data set, but other files: {', '.join(foreign[:5])}"
+        raise DataError(Problem(str(folder), what, "give a folder that is empty or does not exist"))
+    for path in ours:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    name = path.name.strip(".").split(".")[0] + path.suffix
+    shard = any(path.name.lstrip(".").startswith(f"{split}-") for split in SPLITS)
+    return path.name == PARTS or name == TOKENIZER_NAME or path.suffix == ".tmp" or (shard and path.suffix == ".arrow")
+
+
+def _make_tokenizer(data: DataConfig, corpus: Corpus, path: Path, report: Report) -> Tokenizer:
+    """Puts tokenizer.json in place: the given one, or one trained on text from all over the corpus."""
+    given = data.tokenizer
+    if given.path is not None:
+        Tokenizer(given.path, given.eod)
+        shutil.copyfile(given.path, path)
+        return Tokenizer(path, given.eod)
+    report(0.0, f"training a tokenizer of {given.vocab} ids on {min(given.train_mb, corpus.bytes / 2**20):.1f} MiB")
+    count = len(corpus.units)
+    order = permute(np.arange(count), count, 0).tolist()
+    texts = sample(corpus, int(given.train_mb * 2**20), order)
+    return train_tokenizer(path, texts, given.vocab, given.eod)
+
+
+def _tokenize(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Report) -> None:
+    """Writes shards and manifest."""
+    parts = folder.absolute() / PARTS
+    parts.mkdir()
+    shard_bytes = int(data.shard_mb * 2**20)
+    job = Job(str(parts), str(tokenizer.path.absolute()), data.tokenizer.eod, data.text_key, data.validation_fraction)
+
+    def share(fraction: float, message: str) -> None:
+        report(TOKENIZER_SHARE + (0.99 - TOKENIZER_SHARE) * fraction, message)
+
+    tokenized = tokenize_corpus(corpus, job, tokenizer.vocab, shard_bytes, share)
+    if not any(part.documents for part in tokenized.parts):
+        raise DataError(Problem("data.sources", "no document: the files hold no text", "give files that hold text"))
+    report(0.99, "joining shards")
+    id_bytes = np.dtype(token_dtype(tokenizer.vocab)).itemsize
+    shards = compact(folder, tokenized.parts, max(shard_bytes // id_bytes, 1), data.validation_fraction)
+    parts.rmdir()
+    write_manifest(
+        folder,
+        Manifest(
+            shards=tuple(shards),
+            tokenizer_sha256=tokenizer.sha256,
+            vocab=tokenizer.vocab,
+            eod=tokenizer.eod,
+            sources=corpus.sources,
+            validation_fraction=data.validation_fraction,
+            unigram=Unigram.of(_train_counts(folder, shards, tokenized)),
+            build=build_config(data),
+            corpus_xxh3_128=tokenized.corpus_xxh3_128,
+            skipped=tokenized.skipped,
+        ),
+    )
+
+
+def _train_counts(folder: Path, shards: list[ShardEntry], tokenized: Tokenized) -> NDArray[np.int64]:
+    """Counts (vocab,) of the training tokens: what the tasks counted, unless a tail was cut off since."""
+    train = [entry for entry in shards if entry.split == "train"]
+    if sum(entry.tokens for entry in train) == tokenized.counts.sum():
+        return tokenized.counts
+    counts = np.zeros_like(tokenized.counts)
+    for entry in train:
+        counts += np.bincount(read_shard(folder / entry.path).tokens, minlength=len(counts))
+    return counts
