@@ -63,7 +63,10 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
 
 def _tied(config: RunConfig, plan: Plan, mesh: Mesh, stages: dict[int, Stage]) -> tuple[Param, Group] | None:
     first, last = plan.schedule.rank_of[0], plan.schedule.rank_of[-1]
-    if not config.model.tied_embeddings or first == last or mesh.coords.pp not in (first, last):
+    if not config.model.tied_embeddings or first == last:
+        return None
+    if mesh.coords.pp not in (first, last):
+        mesh.stand_by()
         return None
     holders = tuple(sorted(mesh.shape.rank(Coords(pp, *mesh.coords[1:])) for pp in (first, last)))
     table = next(stage.table for stage in stages.values() if stage.table is not None)

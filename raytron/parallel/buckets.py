@@ -56,9 +56,12 @@ class Owned:
         """A tensor of the share's shape as a Slice of the global parameter, without padding."""
         layout = self.param.cut
         whole = layout.slice(self.param.detach(), mesh.shape.tp, mesh.coords.tp)
-        real = max(0, min(self.length, whole.tensor.shape[self.dim] - self.start))
         offsets = tuple(at + (self.start if dim == self.dim else 0) for dim, at in enumerate(whole.offsets))
-        return Slice(layout.shape, offsets, share.narrow(self.dim, 0, real))
+        if layout.dim is not None:
+            padded_from = self.start if layout.dim == self.dim else 0
+            real = max(0, min(share.shape[layout.dim], whole.tensor.shape[layout.dim] - padded_from))
+            share = share.narrow(layout.dim, 0, real)
+        return Slice(layout.shape, offsets, share)
 
 
 class Bucket:

@@ -1,8 +1,11 @@
 """Named process groups over a mesh shape, inside a worker.
 
 A `Mesh` is an argument, never a global: two meshes may stand in one process's life, one after another, each between
-`open_world` and `close_world`. Groups are made when they are first asked for, and only by their own members, so every
-member has to ask for the same groups in the same order; the constructor asks for the axes that all code uses.
+`open_world` and `close_world`.
+
+Groups are made when they are first asked for, and by their own members only, so that a large mesh costs no more than a
+small one. torch then names a group by its ranks and by how many groups the process has made, so all ranks of a mesh have
+to make equally many in the same order: a rank that has no part in a group stands by (`stand_by`).
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ class Mesh:
         return self.group(self.shape.group(self.rank, *axes))
 
     def group(self, ranks: tuple[int, ...]) -> Group:
-        """The group of some ranks, this one among them. Members have to ask for their groups in one common order."""
+        """The group of some ranks, this one among them; asked for again it is the same."""
         if ranks not in self._groups:
             index = ranks.index(self.rank)
             if len(ranks) == 1:
@@ -80,10 +83,14 @@ class Mesh:
         return self._groups[ranks]
 
     def new_process_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        """A process group that shares nothing with others over the same ranks (one for each directed pair, say)."""
+        """A process group of its own, that shares nothing with others over the same ranks."""
         made = dist.new_group(list(ranks), use_local_synchronization=True)
         assert isinstance(made, dist.ProcessGroup)
         return made
+
+    def stand_by(self) -> None:
+        """Makes a group of this rank alone, while other ranks make one in which it has no part."""
+        self.new_process_group((self.rank,))
 
     def __str__(self) -> str:
         return f"{self.shape} rank {self.rank} ({self.coords})"

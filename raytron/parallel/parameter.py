@@ -37,6 +37,7 @@ class Param(nn.Parameter):
         self.main_grad, self.contributed = main_grad, contributed
         self.register_post_accumulate_grad_hook(_drain)  # type: ignore[no-untyped-call]
 
+    @torch.no_grad()
     def add_gradient(self, gradient: Tensor) -> None:
         """Adds one micro-batch's gradient (of the parameter's shape)."""
         if self.main_grad is None:
@@ -48,6 +49,7 @@ class Param(nn.Parameter):
             self.main_grad.add_(gradient)
         self._notify()
 
+    @torch.no_grad()
     def add_product(self, dy: Tensor, x: Tensor) -> None:
         """Adds dyᵀ x, the gradient of a linear layer: dy (T, N), x (T, K), parameter viewed as (N, K)."""
         if self.main_grad is None or dy.dtype != torch.float32:

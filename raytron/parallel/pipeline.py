@@ -7,9 +7,14 @@ The interpreter knows four operations (`raytron.plan.schedule.Op`) and no schedu
     I  the same, but weight gradients of linear layers are put off
     W  the weight gradients that I put off
 
-Transfers are not in the schedule. There is one channel for each directed pair of ranks, with a process group of its own,
-and messages travel on it in the order in which the sender's row makes them. The receiver derives the same order from the
-same row. It always has the next receive posted, and keeps what arrives before it is needed in a stash.
+Transfers are not in the schedule. There is one channel for each directed pair of ranks, and messages travel on it in the
+order in which the sender's row makes them. The receiver derives the same order from the same row. It always has the next
+receive posted, and keeps what arrives before it is needed in a stash.
+
+NCCL runs transfers of one communicator in issue order, so the two directions of a pair must not share one. torch keeps a
+communicator for each pair of a process group, so two process groups over the pipeline ranks are enough: one carries what
+goes to higher ranks, the other what goes to lower ones. (This holds for groups that torch sets up lazily: do not bind a
+device when the world is opened.)
 """
 
 from __future__ import annotations
@@ -121,16 +126,16 @@ class Links:
         self.incoming: dict[int, Channel] = {}
         self.outgoing: dict[int, Channel] = {}
         self.rank_at = [mesh.shape.rank(Coords(pp, *mesh.coords[1:])) for pp in range(mesh.shape.pp)]
-        every = range(mesh.shape.pp)
-        for source, target in [(a, b) for a in every for b in every if a != b and self.here in (a, b)]:
-            if not messages(schedule, source, target):
+        if mesh.shape.pp == 1:
+            return
+        up, down = (mesh.new_process_group(tuple(self.rank_at)) for _ in range(2))
+        for other, rank in enumerate(self.rank_at):
+            if other == self.here:
                 continue
-            ranks = tuple(sorted((self.rank_at[source], self.rank_at[target])))
-            group = mesh.new_process_group(ranks)
-            if self.here == source:
-                self.outgoing[target] = Channel(group, self.rank_at[target], mesh.device)
-            else:
-                self.incoming[source] = Channel(group, self.rank_at[source], mesh.device)
+            if messages(schedule, self.here, other):
+                self.outgoing[other] = Channel(up if self.here < other else down, rank, mesh.device)
+            if messages(schedule, other, self.here):
+                self.incoming[other] = Channel(up if other < self.here else down, rank, mesh.device)
 
     def begin(self, schedule: Schedule, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Announces what one run of `schedule` (of the same placement) will bring: tensors of one shape."""
@@ -192,8 +197,9 @@ class Pipeline:
                 if action.stage == self.last:
                     outputs[action.microbatch] = y
             elif action.op == Op.W:
-                for task in self._put_off.pop((action.stage, action.microbatch)):
-                    task()
+                with torch.no_grad():
+                    for task in self._put_off.pop((action.stage, action.microbatch)):
+                        task()
             else:
                 self._backward(action, scale)
             if self.watch is not None:

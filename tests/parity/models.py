@@ -30,7 +30,7 @@ def tiny(model: str | dict[str, Any] = "llama", **changes: Any) -> RunConfig:
         "model": MODELS[model] if isinstance(model, str) else model,
         "data_parallel": {"bucket_mb": 0.02}, "data": {"dataset": "not-read"},
         "optimizer": {"clip_norm": 1.0},
-        "lr": {"peak": 1e-2, "final": 1e-3, "warmup_steps": 2},
+        "lr": {"peak": 3e-3, "final": 3e-4, "warmup_steps": 2},
     }  # fmt: skip
     return from_mapping(base).replace(**changes)
 
