@@ -21,7 +21,6 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
@@ -124,7 +123,7 @@ def _files_of(name: str, found: list[Problem]) -> list[str]:
     """The files that a source names, sorted."""
     if name == STDLIB:
         root = sysconfig.get_paths()["stdlib"]
-        files = [path for path in _walk(root, (".py",)) if not _is_packaged(path, root)]
+        files = _walk(root, (".py",), NOT_THE_LIBRARY)
         remedy = "give a path to text"
     elif os.path.isdir(name):
         files = _walk(name, FOLDER_SUFFIXES)
@@ -142,17 +141,21 @@ def _files_of(name: str, found: list[Problem]) -> list[str]:
     return files
 
 
-def _walk(root: str, suffixes: tuple[str, ...]) -> list[str]:
-    """All files below a folder with one of the suffixes, hidden ones left out, sorted by their path in it."""
+def _walk(root: str, suffixes: tuple[str, ...], without: tuple[str, ...] = ()) -> list[str]:
+    """All files below a folder with one of the suffixes, sorted by their path in it.
+
+    Leaves out what is hidden and folders named in `without`.
+    """
     files = []
     for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in below if name[0] != "." and name not in without]
         files += [os.path.join(folder, name) for name in names if name.endswith(suffixes) and name[0] != "."]
-    return sorted(files, key=lambda path: Path(path).relative_to(root).parts)
+    return sorted(files, key=lambda path: _parts_below(root, path))
 
 
-def _is_packaged(path: str, root: str) -> bool:
-    return not set(Path(path).relative_to(root).parts).isdisjoint(NOT_THE_LIBRARY)
+def _parts_below(root: str, path: str) -> list[str]:
+    """The names on the way from a folder down to a file."""
+    return path[len(root) :].strip(os.sep).split(os.sep)
 
 
 def _units_of(path: str, source: str, text_key: str, found: list[Problem]) -> list[Unit]:

@@ -81,7 +81,7 @@ def tokenize_corpus(corpus: Corpus, job: Job, vocab: int, shard_bytes: int, repo
         rows[facts["group"]] = {**facts, "counts": np.frombuffer(row["counts"], np.int64)}
         done += sum(unit.bytes for unit in groups[facts["group"]])
         rate = done / MIB / max(time.monotonic() - started, 1e-6)
-        report(done / corpus.bytes, f"tokenized {done / MIB:.0f} of {corpus.bytes / MIB:.0f} MiB, {rate:.1f} MiB/s")
+        report(done / corpus.bytes, f"tokenized {done / MIB:.1f} of {corpus.bytes / MIB:.1f} MiB, {rate:.1f} MiB/s")
     return _collect([rows[number] for number in range(len(groups))], vocab)
 
 
