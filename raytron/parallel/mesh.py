@@ -64,10 +64,19 @@ class Mesh:
         self.world = self.group(tuple(range(world)))
         self.tp = self.axis("tp")
         self.dp = self.axis("dp")
+        self.control = self._control_group()
 
     def axis(self, *axes: Axis) -> Group:
         """The group of ranks that differ from this one on `axes` only."""
         return self.group(self.shape.group(self.rank, *axes))
+
+    def _control_group(self) -> dist.ProcessGroup | None:
+        """A gloo group over the world for objects on the host, such as a checkpoint's plan."""
+        if self.world.size == 1 or dist.get_backend() == "gloo":
+            return self.world.process_group
+        made = dist.new_group(backend="gloo")
+        assert isinstance(made, dist.ProcessGroup)
+        return made
 
     def group(self, ranks: tuple[int, ...]) -> Group:
         """The group of some ranks, this one among them; asked for again it is the same."""

@@ -125,7 +125,7 @@ class Engine:
         """Cuts a share of sequences into micro-batches and hands them to the stages."""
         size, device = self.plan.config.micro_batch_size, self.mesh.device
         tensors = [torch.from_numpy(part).to(device, non_blocking=True) for part in batch]
-        batches = [MicroBatch(*parts) for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True)]
+        batches = [MicroBatch(*parts) for parts in zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)]
         for bound in self._bound.values():
             bound.batches, bound.training = batches, training
         return batches

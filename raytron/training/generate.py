@@ -14,7 +14,7 @@ from raytron.checkpoint.catalog import Generation, find
 from raytron.checkpoint.checkpointer import facts as read_facts
 from raytron.checkpoint.whole import read_whole
 from raytron.config import RunConfig, from_mapping
-from raytron.data.tokenizer import load_tokenizer
+from raytron.data.tokenizer import Tokenizer
 from raytron.errors import CheckpointError
 from raytron.model.assemble import assemble
 from raytron.model.stage import Stage
@@ -34,9 +34,10 @@ def generate(checkpoint: Path | str, prompt: str, tokens: int = 32) -> str:
     checkpoint: a generation, a folder of them, or a run directory (its newest). Raises CheckpointError.
     """
     generation = find(checkpoint)
-    tokenizer = load_tokenizer(_tokenizer_of(generation.path))
+    eod = str(read_facts(generation)["config"]["data"]["tokenizer"]["eod"])
+    tokenizer = Tokenizer(_tokenizer_of(generation.path), eod)
     model = load_model(generation)
-    ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    ids = tokenizer.encode(prompt) or [tokenizer.eod]
     made = greedy(model, ids, tokens, model.model.max_positions if model.position is not None else None)
     return tokenizer.decode(made)
 

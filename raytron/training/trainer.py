@@ -102,11 +102,11 @@ class Trainer:
 
     def save(self, directory: Path | str) -> Path:
         """Writes a committed generation together with all other ranks; returns its path."""
-        return save_slices(directory, self.step, self.state(), self.facts(), self.mesh.world.process_group)
+        return save_slices(directory, self.step, self.state(), self.facts(), self.mesh.control)
 
     def load(self, generation: Generation | Path | str) -> None:
         """Goes on from a generation that any mesh saved. Raises CheckpointError, and then nothing was changed."""
         facts = read_facts(generation)
-        load_slices(generation, self.state(), self.mesh.world.process_group)
+        load_slices(generation, self.state(), self.mesh.control)
         self.engine.optimizer.loaded(int(facts["updates"]))
         self.step, self.consumed = int(facts["step"]), int(facts["consumed"])
