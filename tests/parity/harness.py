@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from models import batch_of
-from raytron.plan.plan import make_plan
 
 from raytron.config import RunConfig
 from raytron.optim.lr import learning_rate
 from raytron.parallel.mesh import Mesh
 from raytron.plan.mesh import MeshShape
+from raytron.plan.plan import make_plan
 from raytron.testing.twin import Twin
 from raytron.testing.world import World
 from raytron.training.engine import Engine
