@@ -130,7 +130,8 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
     shards = tuple(ShardEntry(**entry) for entry in raw["shards"])
     for shard in shards:
         numbers = (shard.documents, shard.tokens, shard.bytes)
-        if shard.split not in ("train", "validation") or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        known = isinstance(shard.path, str) and shard.split in ("train", "validation")
+        if not known or not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise ValueError(f"the entry of shard {shard.path!r}")
     return Manifest(
         shards=shards,
