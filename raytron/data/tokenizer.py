@@ -95,6 +95,8 @@ def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
     start = 0
     while len(text) - start > limit:
         seam = SEAM.search(text, start + limit, start + 2 * limit)
+        if seam is None and len(text) - start <= 2 * limit:
+            break
         stop = seam.end() if seam else start + limit
         yield text[start:stop]
         start = stop

@@ -45,7 +45,7 @@ def test_pieces_join_to_the_text(text: str, limit: int) -> None:
     assert "".join(pieces(text, limit)) == text
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(lines=st.lists(st.text(alphabet="catsd e:", min_size=1, max_size=12), min_size=1, max_size=30))
 def test_pieces_cut_at_line_ends_encode_as_the_whole(tokenizer: Tokenizer, lines: list[str]) -> None:
     text = "\n".join(f"x{line}x" for line in lines)
