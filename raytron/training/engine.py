@@ -98,14 +98,13 @@ class Engine:
         bits = [float(request >> bit & 1) for bit in range(REQUEST_BITS)]
         norm = self.optimizer.squared_norm().item()
         loss, real, squared, *asked = self._over_world([loss, tokens, norm, *bits])
-        real = max(real, 1.0)
-        mend = self._nominal / real
+        mend = self._nominal / max(real, 1.0)
         grad_norm = math.sqrt(squared) * mend
         skipped = not math.isfinite(grad_norm)
         if not skipped:
             self.optimizer.step(lr, mend * clip_scale(grad_norm, self.plan.config.optimizer.clip_norm))
         union = sum(1 << bit for bit, count in enumerate(asked) if count > 0)
-        return StepResult(loss / real, grad_norm, int(real), skipped, union)
+        return StepResult(loss / max(real, 1.0), grad_norm, int(real), skipped, union)
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """(Σ weight · loss, Σ weight) over this dp rank's share and all others', equal on all ranks; no dropout.
