@@ -46,9 +46,13 @@ def _shift(x: Tensor, count: int) -> Tensor:
 
 
 def uniform(key: int | Tensor, index: Tensor) -> Tensor:
-    """float32 in (0, 1), of which 24 bits are random; key and index broadcast."""
-    bits = mix(index * _GOLDEN + key)
-    return _shift(bits, 40).to(torch.float32).add_(0.5).mul_(2.0**-24)
+    """float32 in (0, 1), of which 23 bits are random; key and index broadcast."""
+    return to_unit(mix(index * _GOLDEN + key))
+
+
+def to_unit(bits: Tensor) -> Tensor:
+    """64 random bits as float32: (k + ½) / 2²³, so that every value is exact and none is 0 or 1."""
+    return _shift(bits, 41).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
 
 def normal(key: int | Tensor, index: Tensor) -> Tensor:

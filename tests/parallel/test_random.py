@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytron.parallel.layout import Layout
-from raytron.parallel.random import dropout, fill_normal, key_of, mix, normal, uniform
+from raytron.parallel.random import dropout, fill_normal, key_of, mix, normal, to_unit, uniform
 
 
 def whole(shape, key):
@@ -39,6 +39,14 @@ def test_uniform_and_normal_have_their_moments():
     assert n.std() == pytest.approx(1, abs=5e-3)
     assert (n[1:] * n[:-1]).mean() == pytest.approx(0, abs=5e-3)
     assert (n > 3).double().mean() == pytest.approx(0.00135, abs=3e-4)
+
+
+def test_the_ends_are_never_reached():
+    """A value of exactly 1 would make a normal number infinite, once in some ten million."""
+    ends = to_unit(torch.tensor([0, -1, 1 << 62, -(1 << 63)]))
+    assert 0 < ends.min()
+    assert ends.max() < 1
+    assert torch.isfinite((ends * 2 - 1).erfinv()).all()
 
 
 def test_other_keys_give_other_numbers():
