@@ -1,3 +1,108 @@
-"""Raytron trains transformers on a Ray cluster with actors."""
+"""Raytron trains transformers on a Ray cluster with actors.
+
+    import raytron
+
+    result = raytron.train(raytron.load("examples/quickstart.yaml"))
+
+The public names are loaded when they are first used, so that planning needs neither torch nor Ray.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raytron.actors.run import Run, attach, launch, train
+    from raytron.config import (
+        CheckpointConfig,
+        ClusterConfig,
+        DataConfig,
+        DataParallelConfig,
+        EvaluateConfig,
+        LearningRateConfig,
+        MeshConfig,
+        ModelConfig,
+        ObserveConfig,
+        OptimizerConfig,
+        PipelineConfig,
+        PrecisionConfig,
+        ResumeConfig,
+        RunConfig,
+        TokenizerConfig,
+        load,
+    )
+    from raytron.errors import (
+        CheckpointError,
+        ClusterError,
+        ConfigError,
+        DataError,
+        Problem,
+        RaytronError,
+        ScheduleError,
+        WorkerError,
+    )
+    from raytron.observe.result import Result
+    from raytron.plan.plan import Plan, make_plan
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "raytron.actors.run": ("Run", "attach", "launch", "train"),
+    "raytron.config": (
+        "CheckpointConfig", "ClusterConfig", "DataConfig", "DataParallelConfig", "EvaluateConfig", "LearningRateConfig",
+        "MeshConfig", "ModelConfig", "ObserveConfig", "OptimizerConfig", "PipelineConfig", "PrecisionConfig",
+        "ResumeConfig", "RunConfig", "TokenizerConfig", "load",
+    ),
+    "raytron.errors": (
+        "CheckpointError", "ClusterError", "ConfigError", "DataError", "Problem", "RaytronError", "ScheduleError",
+        "WorkerError",
+    ),
+    "raytron.observe.result": ("Result",),
+    "raytron.plan.plan": ("Plan", "make_plan"),
+}  # fmt: skip
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointError",
+    "ClusterConfig",
+    "ClusterError",
+    "ConfigError",
+    "DataConfig",
+    "DataError",
+    "DataParallelConfig",
+    "EvaluateConfig",
+    "LearningRateConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "ObserveConfig",
+    "OptimizerConfig",
+    "PipelineConfig",
+    "Plan",
+    "PrecisionConfig",
+    "Problem",
+    "RaytronError",
+    "Result",
+    "ResumeConfig",
+    "Run",
+    "RunConfig",
+    "ScheduleError",
+    "TokenizerConfig",
+    "WorkerError",
+    "attach",
+    "launch",
+    "load",
+    "make_plan",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'raytron' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

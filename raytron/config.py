@@ -170,6 +170,7 @@ class ClusterConfig:
     threads_per_worker: int | None = None  # torch threads; None: cpu cores shared out evenly
     detached: bool = False  # the run outlives the process that launched it
     timeout_s: float = 120.0  # of one collective; a rank silent for longer counts as lost
+    placement_timeout_s: float = 600.0  # how long to wait for room on the cluster before the run fails
     max_restarts: int = 3  # restarts from the last commit before the run gives up
 
 

@@ -10,7 +10,8 @@ version. The data is the Python standard library's source unless `data.sources` 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from raytron.config import (
@@ -22,6 +23,8 @@ from raytron.config import (
     PipelineConfig,
     PrecisionConfig,
     RunConfig,
+    load,
+    to_mapping,
 )
 from raytron.errors import ConfigError, Problem
 
@@ -125,6 +128,18 @@ def find(name: str) -> RunConfig:
     close = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
     remedy = f"did you mean {close[0]}?" if close else "use one of " + ", ".join(names())
     raise ConfigError([Problem("preset", f"{name!r} is no preset", remedy)])
+
+
+def read(source: RunConfig | str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """The configuration of a preset's name, a YAML file, a mapping or another configuration, with overrides laid over it.
+
+    A text without a suffix that is no file is a preset's name. Raises ConfigError as `load` and `find` do.
+    """
+    if isinstance(source, RunConfig):
+        return load(to_mapping(source), overrides)
+    if isinstance(source, str) and not Path(source).suffix and not Path(source).exists():
+        return load(to_mapping(find(source)), overrides)
+    return load(source, overrides)
 
 
 def _run(

@@ -103,7 +103,7 @@ RANGES: tuple[Range, ...] = (
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
     *_at_least(1, "checkpoint.every checkpoint.keep_last evaluate.every evaluate.prompt_tokens"),
     *_at_least(0, "evaluate.batches cluster.max_restarts"),
-    *_more_than_zero("observe.peak_tflops cluster.cpus_per_worker cluster.timeout_s"),
+    *_more_than_zero("observe.peak_tflops cluster.cpus_per_worker cluster.timeout_s cluster.placement_timeout_s"),
     *_at_least(1, "cluster.threads_per_worker"),
 )
 

@@ -1,0 +1,72 @@
+"""What was lost, and what comes next: a failure is told apart from its consequences, then answered by another plan.
+
+    a process or node died                     the cause; errors of its peers are consequences      → restart
+    a worker raised an exception of its own    it would raise again                                 → stop, with that cause
+    only lost connections or timeouts          whoever has not answered is silent and counts as lost → restart
+
+A restart goes on from the newest good generation. This version makes the same mesh again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+from ray.exceptions import RayActorError, RayTaskError
+
+from raytron.actors.worker import PeerError
+from raytron.errors import WorkerError
+from raytron.plan.plan import Plan
+
+T = TypeVar("T")
+
+
+class WorkersLost(Exception):
+    """Some ranks are gone, or silent. ranks: those to replace; the others may be rebuilt in place."""
+
+    def __init__(self, ranks: Collection[int], why: str):
+        self.ranks, self.why = tuple(sorted(ranks)), why
+        super().__init__(f"ranks {', '.join(map(str, self.ranks)) or 'none'}: {why}")
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[int, ...], str]]:
+        return type(self), (self.ranks, self.why)
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether an exception of a call says that the actor is gone or can't be reached."""
+    return isinstance(error, RayActorError)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The exception that a worker raised, out of Ray's wrapping."""
+    if isinstance(error, RayTaskError):
+        return error.cause if isinstance(error.cause, BaseException) else error
+    return error
+
+
+def is_settled(failures: Mapping[int, BaseException]) -> bool:
+    """Whether the failures so far name a cause, so that nothing is gained by waiting for more."""
+    return any(is_death(error) for error in failures.values())
+
+
+def verdict(failures: Mapping[int, BaseException], silent: Collection[int]) -> BaseException:
+    """The exception that some failed ranks amount to. silent: ranks that have not answered yet."""
+    dead = {rank for rank, error in failures.items() if is_death(error)}
+    if dead:
+        return WorkersLost(dead, "the process died" if len(dead) == 1 else "their processes died")
+    own = [(rank, error) for rank, error in sorted(failures.items()) if not isinstance(cause_of(error), PeerError)]
+    for rank, error in own:
+        cause = cause_of(error)
+        if isinstance(cause, WorkerError):
+            return cause
+        return WorkerError(rank, "outside its work", f"{type(cause).__name__}: {cause}", str(error))
+    return WorkersLost(silent, f"lost connections: {first_line(cause_of(next(iter(failures.values()))))}")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def next_plan(plan: Plan, lost: WorkersLost) -> Plan:
+    """The plan that answers a loss: the same mesh again, on replaced workers."""
+    return plan

@@ -1,0 +1,267 @@
+"""One rank as an actor: builds its trainer, runs segments of steps, saves, leaves. It holds no policy.
+
+The default concurrency group does the work, one call at a time; a call to `run` lasts many steps, so that no Ray call
+stands between two steps. The group `ctl` answers at any time, even while a collective hangs: status, drain, request, stacks.
+
+A request (stop, checkpoint) reaches one rank. It rides the all-reduce of the next step as a bit, so that all ranks see it
+after the same step and end their segment there.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntFlag
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ray
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from raytron.actors.control import control
+from raytron.actors.network import bind_to
+from raytron.actors.versions import Versions, versions
+from raytron.errors import WorkerError
+from raytron.observe.records import Record
+from raytron.parallel.mesh import Mesh, close_world, open_world
+from raytron.plan.mesh import MeshShape
+from raytron.plan.plan import Plan
+from raytron.training.open import open_trainer
+
+BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+PEER_WORDS = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe", "store", "socket")
+
+
+class Request(IntFlag):
+    """What a run can be asked for while it runs."""
+
+    NONE = 0
+    STOP = 1
+    CHECKPOINT = 2
+
+
+class PeerError(WorkerError):
+    """A worker failed because it lost touch with another one: a consequence, not a cause."""
+
+
+class TrainerLike(Protocol):
+    """What a worker asks of a trainer; `raytron.training.trainer.Trainer` is the one, tests bring another."""
+
+    step: int
+
+    def train_step(self, request: int = 0) -> Record: ...
+    def evaluate(self) -> Record: ...
+    def save(self, directory: Path | str) -> Path: ...
+    def load(self, generation: Path | str) -> None: ...
+
+
+OpenTrainer = Callable[[Plan, Mesh, Path], TrainerLike]
+
+
+class Facts(NamedTuple):
+    """Where a worker lives."""
+
+    host: str
+    ip: str
+    node_id: str
+    pid: int
+    gpu: str | None  # the id of its device on the node
+    device_name: str | None
+    versions: Versions
+    sees: bool  # whether it sees the file that it was asked about
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a rank needs to take its place in one epoch of a mesh."""
+
+    plan: Plan
+    rank: int
+    epoch: int  # every rebuilt mesh has a number of its own: nothing from a dead one counts
+    store: tuple[str, int]  # host and port of the rendezvous store
+    dataset: Path
+    generation: Path | None  # where to go on from; None: from the beginning
+    device: str
+    neighbours: int  # workers on the same node, this one included
+
+
+class Reached(NamedTuple):
+    """Where a segment ended, and what the ranks were asked for."""
+
+    step: int
+    request: int
+
+
+class Worker:
+    """A rank. `open_trainer` is given once; a worker may be built many times, after others were lost."""
+
+    def __init__(self, rank: int, shape: MeshShape, open_trainer: OpenTrainer = open_trainer):
+        self.rank, self.shape = rank, shape
+        self._open_trainer = open_trainer
+        self._trainer: TrainerLike | None = None
+        self._request = Request.NONE
+        self._records: deque[Record] = deque()
+        self._doing = "waiting"
+        self._since = time.monotonic()
+        self._leaving = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Worker(rank={self.rank} {self.shape.coords(self.rank)})"
+
+    # ---- the work, one call at a time
+
+    def build(self, orders: Orders) -> int:
+        """Joins the mesh of an epoch and opens, or loads, its trainer; the committed steps that it stands at."""
+        self.rank, self.shape = orders.rank, orders.plan.mesh
+        self._drop()
+        config = orders.plan.config
+        with self._telling("building"):
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // orders.neighbours))
+            bind_to(ray.util.get_node_ip_address())
+            timeout = timedelta(seconds=config.cluster.timeout_s)
+            store = TCPStore(*orders.store, is_master=False, timeout=timeout)
+            fresh = PrefixStore(f"epoch-{orders.epoch}", store)
+            world = orders.plan.mesh.world
+            open_world(fresh, self.rank, world, BACKEND[orders.device], config.cluster.timeout_s)
+            device = torch.device("cuda", 0) if orders.device == "cuda" else torch.device("cpu")
+            if orders.device == "cuda":
+                torch.cuda.set_device(device)
+            trainer = self._open_trainer(orders.plan, Mesh(self.shape, self.rank, device), orders.dataset)
+        if orders.generation is not None:
+            with self._telling(f"loading {orders.generation.name}"):
+                trainer.load(orders.generation)
+        self._trainer = trainer
+        return trainer.step
+
+    def run(self, stop: int) -> Reached:
+        """Trains until step `stop` is committed, or a request has reached all ranks."""
+        trainer = self._built()
+        while trainer.step < stop:
+            with self._telling(f"step {trainer.step + 1}"):
+                record = trainer.train_step(int(self._request))
+            request = int(record.pop("request", 0))
+            self._request &= ~Request(request)
+            self._records.append(record)
+            if request:
+                return Reached(trainer.step, request)
+        return Reached(trainer.step, 0)
+
+    def evaluate(self) -> Record:
+        """Loss on the validation batches; together with all ranks."""
+        with self._telling("evaluation"):
+            return self._built().evaluate()
+
+    def save(self, directory: Path) -> Path:
+        """Writes a committed generation; together with all ranks."""
+        with self._telling("saving"):
+            return Path(self._built().save(directory))
+
+    def leave(self) -> None:
+        """Leaves the mesh and drops the trainer; the process stays, ready to be built again."""
+        self._drop()
+
+    # ---- control, at any time
+
+    @control
+    def describe(self, witness: Path | None = None) -> Facts:
+        """Where this worker lives, what it runs, and whether it sees a file that the controller wrote."""
+        ids = ray.get_gpu_ids()
+        gpu = str(ids[0]) if ids else None
+        node = ray.get_runtime_context().get_node_id()
+        name = torch.cuda.get_device_name(0) if gpu is not None and torch.cuda.is_available() else None
+        ip = ray.util.get_node_ip_address()
+        sees = witness is None or Path(witness).exists()
+        return Facts(socket.gethostname(), ip, node, os.getpid(), gpu, name, versions(), sees)
+
+    @control
+    def status(self) -> Record:
+        """What this rank does, and for how many seconds."""
+        step = self._trainer.step if self._trainer is not None else None
+        seconds = time.monotonic() - self._since
+        return {"rank": self.rank, "step": step, "doing": self._doing, "seconds": seconds, "pid": os.getpid()}
+
+    @control
+    def drain(self, after: int) -> list[Record]:
+        """The records of steps after `after`; earlier ones are forgotten."""
+        while self._records and self._records[0]["step"] <= after:
+            self._records.popleft()
+        return list(self._records)
+
+    @control
+    def request(self, request: int) -> None:
+        """Asks for something; all ranks hear of it with the next step."""
+        self._request |= Request(request)
+
+    @control
+    def stacks(self) -> str:
+        """The stack of every thread of this process."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        parts = [f"{self!r} is at {self._doing}"]
+        for ident, frame in sys._current_frames().items():
+            parts.append(f"thread {names.get(ident, ident)}\n" + "".join(traceback.format_stack(frame)))
+        return "\n".join(parts)
+
+    # ---- inside
+
+    def _built(self) -> TrainerLike:
+        if self._trainer is None:
+            raise WorkerError(self.rank, "not built", "this worker has no trainer yet")
+        return self._trainer
+
+    def _drop(self) -> None:
+        self._trainer, self._request, self._doing = None, Request.NONE, "waiting"
+        self._records.clear()
+        gc.collect()
+        with self._leaving:
+            close_world()
+
+    @contextmanager
+    def _telling(self, doing: str) -> Iterator[None]:
+        """Says what this rank does; an exception becomes a WorkerError, and frees the peers that wait for this rank."""
+        self._doing, self._since = doing, time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            kind = PeerError if is_peer_failure(error) else WorkerError
+            where = f"stage {self.shape.coords(self.rank).pp}, {doing}"
+            cause = f"{type(error).__name__}: {error}"
+            failure = kind(self.rank, where, cause, "".join(traceback.format_exception(error)))
+            threading.Thread(target=self._free_peers, daemon=True).start()
+            raise failure from None
+        self._doing, self._since = "waiting", time.monotonic()
+
+    def _free_peers(self) -> None:
+        """Closing a group makes gloo raise in the ranks that wait in it."""
+        time.sleep(0.2)  # let this rank's own error reach the controller first
+        with self._leaving:
+            close_world()
+
+
+def is_peer_failure(error: BaseException | None) -> bool:
+    """Whether an exception, or one that it came from, is a lost connection or a collective that timed out."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, dist.DistError | ConnectionError):
+            return True
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and any(word in text for word in PEER_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+WorkerActor: Any = ray.remote(concurrency_groups={"ctl": 4})(Worker)

@@ -1,0 +1,181 @@
+"""The command line. Each command fetches what it needs when it runs, so `raytron plan` imports neither torch nor Ray.
+
+Exit codes: 0 done; 1 failed; 2 the configuration has problems (all are printed, before Ray starts); 130 stopped by Ctrl-C,
+143 by SIGTERM, after a checkpoint unless asked twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from raytron import __version__, presets
+from raytron.config import RunConfig
+from raytron.errors import ConfigError, RaytronError
+
+LAZY = {
+    "train": ("raytron.actors.run", "train"),
+    "tokenize": ("raytron.actors.run", "tokenize"),
+    "attach": ("raytron.actors.run", "attach"),
+    "statuses": ("raytron.actors.run", "statuses"),
+    "plan": ("raytron.plan.plan", "make_plan"),
+    "picture": ("raytron.plan.draw", "schedule_svg"),
+    "data page": ("raytron.data.describe", "describe"),
+    "checkpoint page": ("raytron.checkpoint.describe", "describe"),
+    "generate": ("raytron.training.generate", "generate"),
+}
+MANIFEST = "manifest.json"  # what a data set is known by
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    parser = _parser()
+    given, late = parser.parse_known_args(arguments)
+    if late and ("overrides" not in given or any(text.startswith("-") for text in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:  # overrides after an option
+        given.overrides += late
+    try:
+        return int(given.command(given))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except RaytronError as error:
+        print(f"raytron: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("raytron: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read the output has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def train(given: argparse.Namespace) -> int:
+    result = lazy("train")(_config(given))
+    print(result)
+    return 0 if result.interrupted_by is None else 128 + int(result.interrupted_by)
+
+
+def plan(given: argparse.Namespace) -> int:
+    made = lazy("plan")(_config(given), None)
+    print(made)
+    if given.svg is not None:
+        _write(Path(given.svg), lazy("picture")(made.schedule))
+    return 0
+
+
+def tokenize(given: argparse.Namespace) -> int:
+    told = [""]
+
+    def report(_fraction: float, message: str) -> None:
+        if message != told[0]:
+            told[0] = message
+            print(message, flush=True)
+
+    print(lazy("data page")(lazy("tokenize")(_config(given), report)))
+    return 0
+
+
+def inspect(given: argparse.Namespace) -> int:
+    page = "data page" if (Path(given.path) / MANIFEST).exists() else "checkpoint page"
+    print(lazy(page)(given.path, verify=given.verify))
+    return 0
+
+
+def generate(given: argparse.Namespace) -> int:
+    print(given.prompt + lazy("generate")(given.checkpoint, given.prompt, given.tokens))
+    return 0
+
+
+def status(given: argparse.Namespace) -> int:
+    found = lazy("statuses")(given.run, given.address)
+    if given.json:
+        print(json.dumps(found if given.run is None else found[0]))
+    else:
+        pages = ["\n".join(f"{key:<16} {_shown(value)}" for key, value in facts.items()) for facts in found]
+        print("\n\n".join(pages) or "no run is at work on this cluster")
+    return 0
+
+
+def stop(given: argparse.Namespace) -> int:
+    run = lazy("attach")(given.run, given.address)
+    try:
+        run.stop()
+        print(f"{run.name} saves a checkpoint and stops")
+        if given.wait:
+            print(run.wait())
+    finally:
+        run.close()
+    return 0
+
+
+def lazy(name: str) -> Callable[..., Any]:
+    """What a command needs from another module."""
+    module, attribute = LAZY[name]
+    found: Callable[..., Any] = getattr(import_module(module), attribute)
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    """Raises RaytronError where the file can't be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RaytronError(f"{path} can't be written: {error.strerror}") from None
+
+
+def _config(given: argparse.Namespace) -> RunConfig:
+    """The configuration of a file or a preset, with overrides. Raises ConfigError."""
+    return presets.read(str(given.config), given.overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="raytron", description="Trains transformers on a Ray cluster with actors.")
+    parser.add_argument("--version", action="version", version=f"raytron {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(command.__name__, help=text, description=text)
+        made.set_defaults(command=command)
+        return made
+
+    for command, text in (
+        (train, "train a model, or go on from its newest checkpoint"),
+        (plan, "show what a run would do: mesh, stages, schedule, bytes, FLOPs"),
+        (tokenize, "prepare the data set of a run"),
+    ):
+        made = add(command, text)
+        made.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset")
+        made.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. mesh.tp=2 steps=50")
+        if command is plan:
+            made.add_argument("--svg", metavar="FILE", help="also draw the schedule into an SVG file")
+    made = add(inspect, "show a checkpoint, a run directory or a data set")
+    made.add_argument("path", metavar="CHECKPOINT|DATASET")
+    made.add_argument("--verify", action="store_true", help="also read and check every byte")
+    made = add(generate, "continue a prompt greedily")
+    made.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run directory")
+    made.add_argument("--prompt", required=True)
+    made.add_argument("--tokens", type=int, default=32)
+    for command, text in ((status, "show where a run, or every run, stands"), (stop, "make a run save and stop")):
+        made = add(command, text)
+        run = made.add_argument("run", metavar="RUN", help="the name of a run, or its directory")
+        run.nargs = "?" if command is status else None
+        made.add_argument("--address", help="of the Ray cluster; else the run directory or RAY_ADDRESS tells")
+        made.add_argument(*(("--json",) if command is status else ("--wait",)), action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

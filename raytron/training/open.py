@@ -1,0 +1,21 @@
+"""Opens what one rank trains with: the streams of a data set, and a Trainer over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raytron.data.shards import open_dataset
+from raytron.data.stream import ShardStream
+from raytron.parallel.mesh import Mesh
+from raytron.plan.plan import Plan
+from raytron.training.trainer import Trainer
+
+
+def open_trainer(plan: Plan, mesh: Mesh, dataset: Path) -> Trainer:
+    """A rank's trainer at step 0. Raises DataError where the data set can't be read or is too short."""
+    config, data = plan.config, open_dataset(dataset)
+    stream = ShardStream(data, "train", config.sequence_length, config.seed)
+    validation = None
+    if config.evaluate.batches and data.tokens("validation") > config.sequence_length:
+        validation = ShardStream(data, "validation", config.sequence_length)
+    return Trainer(plan, mesh, stream, validation, data_digest=data.hash)

@@ -1,0 +1,127 @@
+"""The directory of a run, and what may change when a run goes on in it.
+
+    run_dir/config.yaml      the complete configuration of the latest start, the LR horizon fixed when the run began
+            metrics.jsonl    one line for each committed step
+            events.jsonl     what happened, and why
+            checkpoints/     generations
+            data/            the data set, where the run prepared it
+            tokenizer.json   that of the data set
+            controller.json  how to reach the run while it lives
+
+A run may go on with more steps, on another mesh, with other cadences. What changes the result may not change, unless
+`resume.allow` names it: model, data, seed, batch, optimizer, learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from raytron.checkpoint.catalog import Generation, committed
+from raytron.config import RunConfig, flatten, load, to_mapping, to_yaml
+from raytron.errors import ConfigError, Problem
+
+MAY_CHANGE = (
+    "steps", "name", "run_dir", "micro_batch_size", "mesh.*", "pipeline.*", "data_parallel.*", "checkpoint.*",
+    "evaluate.*", "observe.*", "cluster.*", "resume.*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names the files of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def controller(self) -> Path:
+        return self.path / "controller.json"
+
+    def newest(self) -> Generation | None:
+        """The newest committed generation, not verified."""
+        return next(iter(committed(self.checkpoints)), None)
+
+    def stored(self) -> RunConfig | None:
+        """The configuration that the run was started with before. Raises ConfigError if it is unreadable."""
+        return load(self.config) if self.config.exists() else None
+
+    def write_config(self, config: RunConfig) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_text(self.config, to_yaml(config))
+
+    def write_controller(self, facts: dict[str, Any] | None) -> None:
+        """Says how to reach the run; None: it can't be reached any more."""
+        if facts is None:
+            self.controller.unlink(missing_ok=True)
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_text(self.controller, json.dumps(facts))
+
+    def read_controller(self) -> dict[str, Any] | None:
+        try:
+            facts = json.loads(self.controller.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return None
+        return facts if isinstance(facts, dict) else None
+
+
+def settle(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
+    """The configuration as it will be run: an absolute run_dir, the LR horizon fixed; and what forbids to go on with it.
+
+    A run that has committed no generation yet has nothing to go on with: it may begin anew in any way.
+    """
+    config = config.replace(run_dir=str(Path(config.run_dir).expanduser().absolute()))
+    directory = RunDirectory(Path(config.run_dir))
+    try:
+        before = directory.stored() if directory.newest() is not None else None
+    except ConfigError as error:
+        return config, list(error.problems)
+    if config.lr.decay_steps is None:
+        config = config.replace(**{"lr.decay_steps": config.steps if before is None else before.lr_horizon})
+    return config, [] if before is None else differences(before, config)
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[Problem]:
+    """Each key that differs between the configuration of a run directory and another one, and may not."""
+    old, new = flatten(to_mapping(before)), flatten(to_mapping(now))
+    allowed = (*MAY_CHANGE, *now.resume.allow, *(f"{key}.*" for key in now.resume.allow))
+    return [
+        Problem(
+            key,
+            f"is {new[key]!r}, but the run in {now.run_dir} was begun with {old[key]!r}",
+            f"take the old value, use another run_dir, or name it in resume.allow (resume.allow={key})",
+        )
+        for key in new
+        if old[key] != new[key] and not any(fnmatchcase(key, pattern) for pattern in allowed)
+    ]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
