@@ -21,7 +21,6 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytron.actors import placement
-from raytron.actors.placement import Bundle
 from raytron.actors.recovery import WorkersLost
 from raytron.actors.versions import mismatches, versions
 from raytron.actors.worker import Facts, OpenTrainer, WorkerActor
@@ -117,11 +116,10 @@ def _node(node: dict[str, Any], resources: dict[str, float]) -> NodeShape:
 
 @dataclass(frozen=True)
 class Seat:
-    """A place for one worker: a bundle of a placement group on a known node."""
+    """A place for one worker: a bundle of a placement group."""
 
     group: Any
     bundle: int
-    node_ip: str
 
 
 class Gang:
@@ -134,7 +132,7 @@ class Gang:
         self.device = plan.cluster.device(self.config)
         self._open_trainer = open_trainer
         self._groups: list[Any] = []
-        self._seats: list[Seat] = []
+        self._seats: dict[int, Seat] = {}
         self._made = 0  # actors ever made: names stay unique
         self.workers: dict[int, Any] = {}
         self.facts: dict[int, Facts] = {}
@@ -183,9 +181,9 @@ class Gang:
         asked = [[placement.resources(bundle, self.config, self.device) for bundle in bundles] for bundles in sets]
         self._groups = [placement_group(bundles, strategy="PACK") for bundles in asked]
         self._wait([group.ready() for group in self._groups], [bundle for bundles in asked for bundle in bundles])
-        tables = [_seats(group, bundles) for group, bundles in zip(self._groups, sets, strict=True)]
-        tables.sort(key=lambda seats: placement.address_key(seats[0].node_ip))
-        self._seats = [seat for seats in tables for seat in seats]
+        homes = [_addresses(group) for group in self._groups]
+        found = placement.seats(sets, homes)
+        self._seats = {rank: Seat(self._groups[group], bundle) for rank, (group, bundle) in found.items()}
 
     def _wait(self, calls: list[Any], wanted: list[dict[str, float]] | None = None) -> None:
         """Waits for calls that need room, and says what is missing when that takes long."""
@@ -245,10 +243,8 @@ class Gang:
         self.facts = {rank: self.facts[old] for rank, old in enumerate(order)}
 
 
-def _seats(group: Any, bundles: list[Bundle]) -> list[Seat]:
-    """The seats of a placement group that stands: its bundles by node address, each as often as it has workers."""
+def _addresses(group: Any) -> list[str]:
+    """The node address of each bundle of a placement group that stands."""
     address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     homes = placement_group_table(group)["bundles_to_node_id"]
-    ips = [address.get(homes[index], "") for index in range(len(bundles))]
-    order = sorted(range(len(bundles)), key=lambda index: (placement.address_key(ips[index]), homes[index]))
-    return [Seat(group, index, ips[index]) for index in order for _ in range(bundles[index].workers)]
+    return [address.get(homes[index], "") for index in sorted(homes)]

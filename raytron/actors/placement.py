@@ -5,7 +5,7 @@ so each is the smallest set of whole nodes that holds whole replicas, and a repl
 
     PP1·DP4·TP4 on nodes of 8    node 0: replicas 0, 1 | node 1: replicas 2, 3      two groups
     PP1·DP4·TP3 on nodes of 4    node 0: 0 0 0 1 | node 1: 1 1 2 2 | node 2: …      one group: replicas cross nodes
-    PP2·DP4·TP4 on nodes of 8    every replica crosses the pipeline                 one group
+    PP2·DP4·TP4 on nodes of 8    nodes 0, 2: replicas 0, 1 | nodes 1, 3: replicas 2, 3      two groups
 """
 
 from __future__ import annotations
@@ -58,6 +58,29 @@ def groups(mesh: MeshShape, bundles: Sequence[Bundle]) -> list[list[Bundle]]:
     for index, bundle in enumerate(bundles):
         sets.setdefault(top(index), []).append(bundle)
     return list(sets.values())
+
+
+def seats(sets: Sequence[Sequence[Bundle]], homes: Sequence[Sequence[str]]) -> dict[int, tuple[int, int]]:
+    """Of each rank, the placement group and the bundle in it, once it is known where they stand.
+
+    homes: the node address of each bundle of each group. Where Ray put a bundle promises nothing, so groups of one shape,
+    and bundles of one size in a group, are dealt out anew: lower ranks to lower addresses.
+    """
+
+    def shape(group: int) -> tuple[int, ...]:
+        return tuple(sorted(bundle.workers for bundle in sets[group]))
+
+    everyone = range(len(sets))
+    wanted = sorted(everyone, key=lambda group: (shape(group), sets[group][0].first))
+    standing = sorted(everyone, key=lambda group: (shape(group), min(map(address_key, homes[group]))))
+    found: dict[int, tuple[int, int]] = {}
+    for role, group in zip(wanted, standing, strict=True):
+        roles = sorted(sets[role], key=lambda bundle: (bundle.workers, bundle.first))
+        size = [bundle.workers for bundle in sets[group]]
+        places = sorted(range(len(size)), key=lambda index: (size[index], address_key(homes[group][index]), index))
+        for bundle, index in zip(roles, places, strict=True):
+            found.update((rank, (group, index)) for rank in range(bundle.first, bundle.first + bundle.workers))
+    return found
 
 
 def resources(bundle: Bundle, config: ClusterConfig, device: str) -> dict[str, float]:

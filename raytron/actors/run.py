@@ -22,7 +22,7 @@ import ray
 
 from raytron import presets
 from raytron.actors.cluster import NAMESPACE, Session, connect, join
-from raytron.actors.conductor import ControllerActor, News, Seams
+from raytron.actors.controller import ControllerActor, News, Seams
 from raytron.actors.worker import Request
 from raytron.config import RunConfig
 from raytron.data.check import data_problems

@@ -118,7 +118,11 @@ class Worker:
         self._leaving = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"Worker(rank={self.rank} {self.shape.coords(self.rank)})"
+        return (
+            f"Worker(rank={self.rank} {self.shape.coords(self.rank)})"
+            if hasattr(self, "rank")
+            else "Worker(not started)"
+        )
 
     # ---- the work, one call at a time
 

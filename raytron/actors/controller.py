@@ -107,7 +107,7 @@ class Controller:
         self._board = TensorBoard(config.run_dir) if config.observe.tensorboard else None
 
     def __repr__(self) -> str:
-        return f"Controller({self.config.name})"
+        return f"Controller({self.config.name if hasattr(self, 'config') else 'not started'})"
 
     # ---- the story
 
