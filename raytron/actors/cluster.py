@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import ray
 from ray._private import state as ray_state  # no public call tells what is free on each node
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # nothing public rereads the environment
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -32,6 +34,8 @@ from raytron.training.open import open_trainer
 
 NAMESPACE = "raytron"
 STORE_BYTES = 512 * 2**20  # of a local Ray: descriptions travel through it, tensors don't
+AUTH_MODE = "RAY_AUTH_MODE"
+KNOCK_S = 10.0
 PATIENCE_S = 10.0  # before a wait is explained
 POLL_S = 0.5
 
@@ -78,13 +82,28 @@ def connect(config: ClusterConfig, workers: int) -> Session:
 def join(address: str) -> Session:
     """Joins a cluster. Raises ClusterError where none answers."""
     try:
+        _knock(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         remedy = (
             "remedy: start it (ray start --head), or unset cluster.address and RAY_ADDRESS to use this machine alone"
         )
         raise ClusterError(f"no Ray cluster answers at {address}: {error}\n    {remedy}") from None
     return Session(ray.get_runtime_context().gcs_address, local=False, owned=True)
+
+
+def follow_auth(mode: str | None) -> None:
+    """Talks to a Ray as whoever started it does: a local Ray asks for the token of its user, and `join` offers none."""
+    if mode and AUTH_MODE not in os.environ:
+        os.environ[AUTH_MODE] = mode
+        RayConfig.initialize("")
+
+
+def _knock(address: str) -> None:
+    """Raises OSError at once where nothing listens on host:port, for which Ray would wait."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def survey() -> ClusterShape:

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 
 from raytron import presets
-from raytron.actors.cluster import NAMESPACE, Session, connect, join
+from raytron.actors.cluster import AUTH_MODE, NAMESPACE, Session, connect, follow_auth, join
 from raytron.actors.controller import ControllerActor, News, Seams
 from raytron.actors.worker import Request
 from raytron.config import RunConfig
@@ -39,6 +39,7 @@ from raytron.rules import problems
 from raytron.training.run_directory import RunDirectory, settle
 
 FOLLOW_S = 0.4  # between two looks at a run
+RELEASE_S = 10.0  # for the name of a run that is over to be free again
 HOME = Path("runs")  # where a run directory is looked for by the name of the run
 WORKER_NAME = re.compile(r"/worker-\d+(\.\d+)?$")
 Watcher = Callable[[News], None]
@@ -85,7 +86,8 @@ def launch(config: Source, *, seams: Seams | None = None) -> Run:
     except BaseException:
         session.close()
         raise
-    facts = {"address": session.address, "name": config.name, "pid": os.getpid()}
+    auth = os.environ.get(AUTH_MODE) if session.local else None
+    facts = {"address": session.address, "name": config.name, "pid": os.getpid(), "auth": auth}
     RunDirectory(Path(config.run_dir)).write_controller(facts)
     return Run(config.name, Path(config.run_dir), controller, session, owner=not config.cluster.detached)
 
@@ -95,6 +97,7 @@ def attach(name: str, address: str | None = None) -> Run:
     found = _directory(name).read_controller()
     if found is not None:
         name, address = str(found["name"]), address or str(found["address"])
+        follow_auth(found.get("auth"))
     session = _join(address)
     try:
         controller = ray.get_actor(actor_name(name), namespace=NAMESPACE)
@@ -135,6 +138,7 @@ class Run:
         self._owner = owner
         self.interrupted_by: int | None = None  # the signal that came
         self._closed = False
+        self._outcome: Result | Exception | None = None
 
     def status(self) -> Record:
         """Phase, step, loss, speed, workers, restarts. Raises ClusterError where the run is gone."""
@@ -161,10 +165,12 @@ class Run:
         self._ask("request", int(Request.STOP))
 
     def wait(self, timeout_s: float | None = None, on_news: Watcher | None = None) -> Result:
-        """The result, once the run is over. Raises what the run failed with, or TimeoutError.
+        """The result, once the run is over; the owner's run is then closed. Raises what it failed with, or TimeoutError.
 
         on_news: told what happens, about twice a second.
         """
+        if self._outcome is not None:
+            return _given(self._outcome)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         cursor = (0, 0)
         while True:
@@ -173,11 +179,10 @@ class Run:
             if on_news is not None:
                 on_news(news)
             if news.over:
-                outcome = self._ask("outcome")
-                if isinstance(outcome, Exception):
-                    raise outcome
-                assert isinstance(outcome, Result)
-                return outcome
+                self._outcome = self._ask("outcome")
+                if self._owner:
+                    self.close()
+                return _given(self._outcome)
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name} goes on after {timeout_s} s")
             time.sleep(FOLLOW_S)
@@ -213,7 +218,7 @@ class Run:
         try:
             status = self.status()
         except ClusterError:
-            return f"Run({self.name}: gone, {self.run_dir})"
+            return f"Run({self.name}: not at work, {self.run_dir})"
         return f"Run({self.name}: {status['phase']}, step {status['step']} of {status['steps']})"
 
     def _repr_html_(self) -> str:
@@ -224,6 +229,8 @@ class Run:
         return page(f"run {self.name}", rows, loss_curve(self.metrics()))
 
     def _ask(self, method: str, *arguments: Any) -> Any:
+        if self._closed:
+            raise ClusterError(f"this Run of {self.name} is closed; its files are in {self.run_dir}")
         try:
             return ray.get(getattr(self._controller, method).remote(*arguments), timeout=60)
         except ray.exceptions.RayActorError as error:
@@ -274,13 +281,40 @@ def _start(config: RunConfig, seams: Seams | None) -> Any:
     options: dict[str, Any] = {"name": actor_name(config.name), "namespace": NAMESPACE}
     if config.cluster.detached:
         options["lifetime"] = "detached"
-    try:
-        controller = ControllerActor.options(**options).remote(config, os.getcwd(), seams)
-    except ValueError:
-        remedy = f"remedy: attach to it (raytron status {config.name}), stop it, or give this run another name"
-        raise ClusterError(f"a run named {config.name} is at work on this cluster already\n    {remedy}") from None
+    deadline = time.monotonic() + RELEASE_S
+    while True:
+        try:
+            controller = ControllerActor.options(**options).remote(config, os.getcwd(), seams)
+            break
+        except ValueError:
+            if not _is_over(actor_name(config.name)) or time.monotonic() > deadline:
+                remedy = f"remedy: attach to it (raytron status {config.name}), stop it, or give this run another name"
+                raise ClusterError(
+                    f"a run named {config.name} is at work on this cluster already\n    {remedy}"
+                ) from None
+            time.sleep(0.1)
     controller.fit.remote()
     return controller
+
+
+def _is_over(name: str) -> bool:
+    """Whether a controller has nothing left to do; its name is then set free."""
+    try:
+        controller = ray.get_actor(name, namespace=NAMESPACE)
+        if ray.get(controller.outcome.remote(), timeout=10) is None:
+            return False
+        ray.kill(controller)
+    except (ValueError, ray.exceptions.RayActorError):  # already gone
+        return True
+    except ray.exceptions.GetTimeoutError:
+        return False
+    return True
+
+
+def _given(outcome: Result | Exception) -> Result:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _join(address: str | None) -> Session:
