@@ -164,7 +164,7 @@ class Gang:
         for rank in new:
             self.workers[rank] = self._spawn(rank)
         calls = {rank: self.workers[rank].describe.remote(witness) for rank in new}
-        self._wait(list(calls.values()))
+        self._wait(list(calls.values()), "workers not ready", lambda: f"{len(new)} are starting and importing torch")
         for rank, call in calls.items():
             try:
                 self.facts[rank] = ray.get(call)
@@ -199,13 +199,18 @@ class Gang:
         sets = placement.groups(self.plan.mesh, placement.fill(self.plan.mesh.world, slots))
         asked = [[placement.resources(bundle, self.config, self.device) for bundle in bundles] for bundles in sets]
         self._groups = [placement_group(bundles, strategy="PACK") for bundles in asked]
-        self._wait([group.ready() for group in self._groups], [bundle for bundles in asked for bundle in bundles])
+        wanted = [bundle for bundles in asked for bundle in bundles]
+        self._wait(
+            [group.ready() for group in self._groups],
+            "no room on the cluster",
+            lambda: placement.missing(wanted, free()),
+        )
         homes = [_addresses(group) for group in self._groups]
         found = placement.seats(sets, homes)
         self._seats = {rank: Seat(self._groups[group], bundle) for rank, (group, bundle) in found.items()}
 
-    def _wait(self, calls: list[Any], wanted: list[dict[str, float]] | None = None) -> None:
-        """Waits for calls that need room, and says what is missing when that takes long."""
+    def _wait(self, calls: list[Any], what: str, why: Callable[[], str]) -> None:
+        """Waits for calls; says what it waits for, and why, when that takes long. Raises ClusterError in the end."""
         start, told = time.monotonic(), False
         while True:
             _, left = ray.wait(calls, num_returns=len(calls), timeout=POLL_S)
@@ -214,14 +219,10 @@ class Gang:
                 return
             if waited > PATIENCE_S and not told:
                 told = True
-                self.say("waiting", f"waiting for room on the cluster: {self._missing(wanted)}")
+                self.say("waiting", f"waiting, {what} yet: {why()}")
             if waited > self.config.placement_timeout_s:
-                limit = f"no room on the cluster after {self.config.placement_timeout_s:g} s: {self._missing(wanted)}"
+                limit = f"{what} after {self.config.placement_timeout_s:g} s: {why()}"
                 raise ClusterError(f"{limit}\n    remedy: stop other work, add nodes, or use a smaller mesh")
-
-    def _missing(self, wanted: list[dict[str, float]] | None) -> str:
-        each = {"CPU": self.config.cpus_per_worker, **({"GPU": 1.0} if self.device == "cuda" else {})}
-        return placement.missing(wanted or [each], free())
 
     def _spawn(self, rank: int) -> Any:
         seat = self._seats[rank]
