@@ -35,7 +35,7 @@ from raytron.data.prepare import ensure_dataset
 from raytron.data.shards import Dataset, open_dataset
 from raytron.errors import CheckpointError, ClusterError, ConfigError, Problem, RaytronError
 from raytron.observe.board import TensorBoard
-from raytron.observe.records import JsonLines, Record, event
+from raytron.observe.records import JsonLines, Metrics, Record, event
 from raytron.observe.result import Result, read_result
 from raytron.plan.flops import mfu, peak_flops
 from raytron.plan.plan import Plan, make_plan
@@ -66,6 +66,7 @@ class Seams:
 
     prepare: Callable[..., Path] = ensure_dataset
     open_trainer: OpenTrainer = open_trainer
+    linger_s: float = 120.0  # how long the controller of a detached run tells of the end
 
 
 class Log:
@@ -94,7 +95,7 @@ class Controller:
         self.directory = RunDirectory(Path(config.run_dir))
         self._lock = threading.Lock()
         self._events, self._metrics = Log(), Log()
-        self._event_file, self._metric_file = JsonLines(self.directory.events), JsonLines(self.directory.metrics)
+        self._event_file, self._metric_file = JsonLines(self.directory.events), Metrics(self.directory.metrics)
         self._phase, self._asked = "starting", Request.NONE
         self._plan: Plan | None = None
         self._gang: Gang | None = None
@@ -259,6 +260,11 @@ class Controller:
             self._board.close()
         self._enter("over")
         self._outcome = outcome
+        if self.config.cluster.detached:
+            self.directory.write_controller(None)
+            leave = threading.Timer(self.seams.linger_s, ray.kill, [ray.get_runtime_context().current_actor])
+            leave.daemon = True
+            leave.start()
 
     # ---- what the story is made of
 
@@ -277,7 +283,7 @@ class Controller:
 
     def _rewind(self, step: int) -> None:
         """Takes back the records of steps after `step`: they will be done again."""
-        dropped = self._metric_file.keep(lambda record: record["step"] <= step)
+        dropped = self._metric_file.rewind(step)
         if dropped:
             last = max(record["step"] for record in dropped)
             self._say("redo", f"steps {step + 1} to {last} are done again", first=step + 1, last=last)

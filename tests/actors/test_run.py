@@ -203,7 +203,23 @@ def test_a_mesh_larger_than_the_cluster_is_refused_with_what_there_is(start):
         run.wait(timeout_s=60)
 
 
+def test_a_detached_run_outlives_its_client_and_leaves_by_itself(config):
+    seams = Seams(open_trainer=troubled(slow).open_trainer, linger_s=3)
+    run = launch(config.replace(steps=8, **{"cluster.detached": True}), seams=seams)
+    run.close()
+    again = attach(str(run.run_dir))
+    assert again.wait(timeout_s=60).step == 8
+    deadline = time.monotonic() + 30
+    while controllers(config.name):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def controllers(name):
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["name"].startswith(f"raytron/{name}")]
+
+
 def test_nothing_is_left_when_a_run_has_ended(undisturbed):
-    named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
-    assert not [name for name in named if name.startswith("raytron/undisturbed")]
+    assert not controllers(undisturbed.name)
     assert ray.available_resources()["CPU"] == 4
