@@ -1,12 +1,12 @@
 """Every exception that Raytron raises on purpose.
 
-    RaytronError
-    ├── ConfigError        a configuration or plan with problems; carries all of them (exit code 2)
-    ├── ScheduleError      a pipeline schedule that is invalid or would deadlock
-    ├── DataError          a corpus, data set or tokenizer that can't be used as asked
-    ├── CheckpointError    a checkpoint that is missing, damaged or does not fit
-    ├── ClusterError       the cluster can't hold what the plan needs
-    └── WorkerError        an exception inside a worker, with its rank, stage and step
+RaytronError
+├── ConfigError        a configuration or plan with problems; carries all of them (exit code 2)
+├── ScheduleError      a pipeline schedule that is invalid or would deadlock
+├── DataError          a corpus, data set or tokenizer that can't be used as asked
+├── CheckpointError    a checkpoint that is missing, damaged or does not fit
+├── ClusterError       the cluster can't hold what the plan needs
+└── WorkerError        an exception inside a worker, with its rank, stage and step
 """
 
 from __future__ import annotations
