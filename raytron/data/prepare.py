@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
 from raytron.config import DataConfig, RunConfig
@@ -23,9 +22,9 @@ from raytron.data.manifest import FILE_NAME, Manifest, ShardEntry, Unigram, writ
 from raytron.data.order import permute
 from raytron.data.shard_file import read_shard, token_dtype
 from raytron.data.shards import TOKENIZER_NAME, open_dataset
-from raytron.data.tokenize import Job, Report, Tokenized, tokenize_corpus
+from raytron.data.tokenize import Job, Report, Tokenized, require_ray, tokenize_corpus
 from raytron.data.tokenizer import Tokenizer, train_tokenizer
-from raytron.errors import ClusterError, ConfigError, DataError, Problem
+from raytron.errors import ConfigError, DataError, Problem
 
 PARTS = "parts"
 TOKENIZER_SHARE = 0.25  # of the time, about, for the progress that is reported
@@ -63,8 +62,7 @@ def prepare(data: DataConfig, directory: str | Path, report: Report = silent) ->
         report(1.0, f"the data set in {folder} is complete")
         return folder
     corpus = resolve(data.sources, data.text_key, max_bytes(data))
-    if not ray.is_initialized():
-        raise ClusterError("Ray is not initialised\n    remedy: call ray.init() before a data set is prepared")
+    require_ray()
     _clear(folder)
     tokenizer = _make_tokenizer(data, corpus, folder / TOKENIZER_NAME, report)
     _tokenize(data, corpus, tokenizer, folder, report)

@@ -201,10 +201,15 @@ def _quiet(context: Any) -> Iterator[None]:
             handler.setLevel(level)
 
 
+def require_ray() -> None:
+    """Raises ClusterError where Ray is not initialised."""
+    if not ray.is_initialized():
+        raise ClusterError("Ray is not initialised\n    remedy: call ray.init() before a data set is prepared")
+
+
 def _wait_for_cpu() -> None:
     """Tasks need a CPU that no actor holds: says so rather than wait without end."""
-    if not ray.is_initialized():
-        raise ClusterError("Ray is not initialised\n    remedy: call ray.init() before text is tokenized")
+    require_ray()
     deadline = time.monotonic() + WAIT_FOR_CPU_S
     while ray.available_resources().get("CPU", 0.0) < 1.0:
         if time.monotonic() > deadline:
