@@ -1,10 +1,12 @@
-"""What all tests share: one pool of warm gloo ranks, started when a test first asks for it."""
+"""What all tests share, started when a test first asks for it: a pool of warm gloo ranks, and one local Ray."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
+import ray
 
 from raytron.testing.world import World
 
@@ -14,3 +16,19 @@ def world() -> Iterator[World]:
     """A pool of ranks that each test re-meshes: `world.run(4, function, *arguments)`."""
     with World() as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray of the tests' own, with room for a few workers."""
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=150 * 2**20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _system_config={"worker_niceness": 0, "preload_python_modules": ["torch"]},
+    )
+    yield
+    ray.shutdown()

@@ -44,6 +44,7 @@ def no_ray(monkeypatch):
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests of this process may hold a Ray
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from tiny_run import TINY
 
 from raytron.actors.controller import Seams
 from raytron.actors.run import attach, launch, train
@@ -75,7 +76,6 @@ def reach(run, step, timeout_s=60.0):
 @pytest.fixture(scope="session")
 def undisturbed(dataset, tmp_path_factory):
     """The losses of 12 steps without trouble."""
-    from conftest import TINY
 
     from raytron.config import load
 
