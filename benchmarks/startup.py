@@ -31,7 +31,8 @@ def timed(*command: str) -> float:
 def one_run(dataset: Path, folder: Path) -> dict[str, float]:
     """The parts of one start, in seconds."""
     start = time.time()
-    options = [f"run_dir={folder}", f"data.dataset={dataset}", "steps=1", "evaluate.batches=0", "evaluate.prompt=null"]
+    options = [f"run_dir={folder}", f"data.dataset={dataset}", "steps=1", "lr.warmup_steps=0"]
+    options += ["evaluate.batches=0", "evaluate.prompt=null"]
     subprocess.run(
         [sys.executable, "-m", "raytron.cli", "train", str(QUICKSTART), *options], check=True, capture_output=True
     )
