@@ -6,7 +6,7 @@ a layer. Ours are described in `raytron.model.attention` and `mlp`; theirs are m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ Pack = Callable[[list[Tensor], ModelConfig], Tensor]
 
 
 class Row(NamedTuple):
+    """A parameter here, its pieces there, and the way between them and back."""
+
     ours: str
     theirs: tuple[str, ...]
     unpack: Unpack  # ours -> theirs
@@ -82,11 +84,6 @@ LLAMA = [  # also Mistral, Qwen2 (biases) and Qwen3 (QK norms)
 ]
 
 
-def _gpt2_qkv_unpack(q: Tensor, kv: Tensor) -> Tensor:
-    """(H, h, ...) and (H, 2, h, ...) as (3·H·h, ...)."""
-    return torch.cat([q.flatten(0, 1), kv[:, 0].flatten(0, 1), kv[:, 1].flatten(0, 1)])
-
-
 _BLOCK = "transformer.h.{i}."
 GPT2 = [
     _same("embed.weight", "transformer.wte.weight"),
@@ -108,23 +105,47 @@ GPT2 = [
 
 def to_hugging_face(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """Our whole weights under Hugging Face's names: GPT-2's where positions are learned, else Llama's."""
-    gpt2 = model.positions == "learned"
     out: dict[str, Tensor] = {}
-    for row in GPT2 if gpt2 else LLAMA:
-        for index in _layers(row, model):
-            name = row.ours.format(i=index)
-            if name in weights:
-                parts = row.unpack(weights[name], model)
-                out.update((theirs.format(i=index), part) for theirs, part in zip(row.theirs, parts, strict=True))
-    if gpt2:
-        for index in range(model.layers):
-            ours, theirs = f"layers.{index}.attention.", f"transformer.h.{index}.attn.c_attn."
-            out[theirs + "weight"] = _gpt2_qkv_unpack(weights[ours + "q.weight"], weights[ours + "kv.weight"]).t()
-            out[theirs + "bias"] = _gpt2_qkv_unpack(weights[ours + "q.bias"], weights[ours + "kv.bias"])
+    for ours, theirs, row in _names(model):
+        if ours in weights:
+            out.update(zip(theirs, row.unpack(weights[ours], model), strict=True))
+    if _is_gpt2(model):
+        for layer in range(model.layers):
+            for kind in ("weight", "bias"):
+                q, kv = (weights[f"layers.{layer}.attention.{part}.{kind}"] for part in ("q", "kv"))
+                packed = torch.cat([q.flatten(0, 1), kv[:, 0].flatten(0, 1), kv[:, 1].flatten(0, 1)])
+                out[f"transformer.h.{layer}.attn.c_attn.{kind}"] = packed.t() if kind == "weight" else packed
     if model.tied_embeddings:
         out["lm_head.weight"] = weights["embed.weight"]
     return out
 
 
-def _layers(row: Row, model: ModelConfig) -> Sequence[int]:
-    return range(model.layers) if "{i}" in row.ours else (0,)
+def from_hugging_face(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Hugging Face's weights under our names: the way back from `to_hugging_face`."""
+    out = {
+        ours: row.pack([weights[name] for name in theirs], model)
+        for ours, theirs, row in _names(model)
+        if theirs[0] in weights
+    }
+    if _is_gpt2(model):
+        for layer in range(model.layers):
+            for kind in ("weight", "bias"):
+                packed = weights[f"transformer.h.{layer}.attn.c_attn.{kind}"]
+                q, k, v = (packed.t() if kind == "weight" else packed).chunk(3)
+                out[f"layers.{layer}.attention.q.{kind}"] = _cut(q, model.heads, model)
+                both = torch.stack([_cut(k, model.heads, model), _cut(v, model.heads, model)], 1)
+                out[f"layers.{layer}.attention.kv.{kind}"] = both
+    if model.tied_embeddings:
+        out.pop("head.weight", None)
+    return out
+
+
+def _is_gpt2(model: ModelConfig) -> bool:
+    return model.positions == "learned"
+
+
+def _names(model: ModelConfig) -> Iterator[tuple[str, list[str], Row]]:
+    """Every row of the model's family for every layer: our name, theirs, and the row."""
+    for row in GPT2 if _is_gpt2(model) else LLAMA:
+        for layer in range(model.layers) if "{i}" in row.ours else (0,):
+            yield row.ours.format(i=layer), [name.format(i=layer) for name in row.theirs], row

@@ -1,13 +1,13 @@
 """Collectives over a `Group`, plain and differentiable. A group of one costs nothing.
 
-Sequence parallelism (Korthikanti et al., arXiv 2205.05198) replaces each pair of identity and all-reduce by an all-gather
-and a reduce-scatter along the sequence, which is dimension 0 here:
+A row-parallel region ends in a sum over the group. Sequence parallelism (Korthikanti et al., arXiv 2205.05198) leaves each
+rank its share of that sum along the sequence, which is dimension 0 here:
 
     function               forward          backward
-    copy_to_group          identity         all-reduce         into a tensor-parallel region
-    reduce_from_group      all-reduce       identity           out of it
-    gather_sequence        all-gather       reduce-scatter     into it, under sequence parallelism
-    scatter_sequence       reduce-scatter   all-gather         out of it, under sequence parallelism
+    reduce_from_group      all-reduce       identity
+    scatter_sequence       reduce-scatter   all-gather
+
+The linear layers of `raytron.parallel.tensor` do their own communication, so that it overlaps with their GEMMs.
 """
 
 from __future__ import annotations
@@ -77,17 +77,6 @@ def _after(work: Any, out: Tensor) -> Wait:
     return wait
 
 
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(dy.clone(memory_format=torch.contiguous_format), ctx.group), None
-
-
 class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -96,17 +85,6 @@ class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy, None
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(dy, ctx.group), None
 
 
 class _ScatterSequence(torch.autograd.Function):
@@ -120,17 +98,8 @@ class _ScatterSequence(torch.autograd.Function):
         return all_gather(dy, ctx.group), None
 
 
-def copy_to_group(x: Tensor, group: Group) -> Tensor:
-    return x if group.size == 1 else _apply(_CopyToGroup, x, group)
-
-
 def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _apply(_ReduceFromGroup, x, group)
-
-
-def gather_sequence(x: Tensor, group: Group) -> Tensor:
-    """x (S / size, ...) of each rank -> (S, ...)."""
-    return x if group.size == 1 else _apply(_GatherSequence, x, group)
 
 
 def scatter_sequence(x: Tensor, group: Group) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from models import batch_of, tiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from raytron.model.hf import to_hugging_face
+from raytron.model.hf import from_hugging_face, to_hugging_face
 from raytron.optim.lr import learning_rate
 from raytron.testing.twin import Twin
 
@@ -54,6 +54,15 @@ def test_logits_equal(model):
     tokens = torch.from_numpy(batch_of(config).tokens)
     with torch.no_grad():
         assert (twin.logits(tokens) - theirs(tokens).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "qwen3"])
+def test_names_lead_there_and_back(model):
+    config = tiny(model)
+    weights = {name: weight.detach() for name, weight in Twin(config).weights.items()}
+    back = from_hugging_face(to_hugging_face(weights, config.model), config.model)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
