@@ -11,6 +11,7 @@ import dataclasses
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +37,7 @@ from raytron.observe.table import Table
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
 from raytron.rules import problems
-from raytron.training.run_directory import RunDirectory, settle
+from raytron.training.run_directory import RunDirectory, occupied, settle
 
 FOLLOW_S = 0.4  # between two looks at a run
 RELEASE_S = 10.0  # for the name of a run that is over to be free again
@@ -87,7 +88,8 @@ def launch(config: Source, *, seams: Seams | None = None) -> Run:
         session.close()
         raise
     auth = os.environ.get(AUTH_MODE) if session.local else None
-    facts = {"address": session.address, "name": config.name, "pid": os.getpid(), "auth": auth}
+    whose = {"host": socket.gethostname(), "pid": os.getpid()}
+    facts = {"address": session.address, "name": config.name, **whose, "auth": auth}
     RunDirectory(Path(config.run_dir)).write_controller(facts)
     return Run(config.name, Path(config.run_dir), controller, session, owner=not config.cluster.detached)
 
@@ -242,7 +244,7 @@ class Run:
 def preflight(config: RunConfig) -> RunConfig:
     """The configuration as it will be run. Raises ConfigError with every problem that can be told without Ray."""
     settled, found = settle(config)
-    found = [*problems(settled), *found]
+    found = [*problems(settled), *found, *occupied(RunDirectory(Path(settled.run_dir)))]
     known = {problem.where for problem in found}
     if not any(where.startswith(("data", "model.vocab")) for where in known):
         found += data_problems(settled)

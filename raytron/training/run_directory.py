@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -87,6 +88,22 @@ class RunDirectory:
         except (OSError, json.JSONDecodeError):
             return None
         return facts if isinstance(facts, dict) else None
+
+
+def occupied(directory: RunDirectory) -> list[Problem]:
+    """A problem where another process of this host runs in a directory: two would write one set of files."""
+    facts = directory.read_controller() or {}
+    pid = facts.get("pid")
+    if facts.get("host") != socket.gethostname() or not isinstance(pid, int) or pid == os.getpid():
+        return []
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:  # it died without a word
+        return []
+    except PermissionError:  # it lives, as another user's
+        pass
+    what = f"a run is at work in {directory.path}, launched by process {pid}"
+    return [Problem("run_dir", what, f"attach to it, stop it (raytron stop {directory.path}), or use another run_dir")]
 
 
 def settle(config: RunConfig) -> tuple[RunConfig, list[Problem]]:

@@ -1,5 +1,9 @@
 """What a run directory holds, and what may change when a run goes on in it."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,7 @@ from raytron.checkpoint import catalog
 from raytron.checkpoint.record import Records
 from raytron.config import load
 from raytron.errors import ConfigError
-from raytron.training.run_directory import RunDirectory, differences, settle
+from raytron.training.run_directory import RunDirectory, differences, occupied, settle
 
 
 @pytest.fixture
@@ -143,3 +147,20 @@ def test_nothing_stored_is_no_error(config):
     assert RunDirectory(Path(config.run_dir)).stored() is None
     with pytest.raises(ConfigError):
         load(RunDirectory(Path(config.run_dir)).config)
+
+
+def test_a_directory_in_which_another_process_runs_is_occupied(tmp_path):
+    directory = RunDirectory(tmp_path)
+    assert occupied(directory) == []
+    directory.write_controller({"host": socket.gethostname(), "pid": os.getppid()})
+    (problem,) = occupied(directory)
+    assert problem.where == "run_dir"
+    assert str(os.getppid()) in problem.what
+    directory.write_controller({"host": socket.gethostname(), "pid": os.getpid()})
+    assert occupied(directory) == []
+    directory.write_controller({"host": "elsewhere", "pid": os.getppid()})
+    assert occupied(directory) == []
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    directory.write_controller({"host": socket.gethostname(), "pid": gone.pid})
+    assert occupied(directory) == []
