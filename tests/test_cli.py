@@ -249,6 +249,13 @@ def test_a_run_whose_cluster_is_gone_is_not_at_work(run, no_ray, complete):
     assert "no Ray cluster answers at 127.0.0.1:1" in err
 
 
+def test_a_mesh_larger_than_this_machine_is_refused_before_ray(run, no_ray, tmp_path):
+    code, _, err = run("train", QUICKSTART, "mesh.dp=64", "global_batch_size=256", f"run_dir={tmp_path / 'run'}")
+    assert code == 2
+    assert "PP2·DP64·CP1·TP2 needs 256 workers" in err
+    assert "has room for" in err
+
+
 # ---- inspect, generate
 
 

@@ -36,6 +36,7 @@ NAMESPACE = "raytron"
 STORE_BYTES = 512 * 2**20  # of a local Ray: descriptions travel through it, tensors don't
 AUTH_MODE = "RAY_AUTH_MODE"
 KNOCK_S = 10.0
+LOCAL_CPUS_PER_CORE, FEWEST_LOCAL_CPUS = 4, 8  # that a local Ray may say it has, for workers that share cores
 PATIENCE_S = 10.0  # before a wait is explained
 POLL_S = 0.5
 
@@ -53,6 +54,14 @@ class Session:
     def close(self) -> None:
         if self.owned and ray.is_initialized():
             ray.shutdown()
+
+
+def own_room(config: ClusterConfig) -> ClusterShape | None:
+    """What a local Ray of the run's own may hold: a few workers on each core, so that small meshes can be tried anywhere.
+    None where a cluster will be joined, which knows for itself."""
+    if ray.is_initialized() or config.address or os.environ.get("RAY_ADDRESS"):
+        return None
+    return ClusterShape.local(max(FEWEST_LOCAL_CPUS, LOCAL_CPUS_PER_CORE * (os.cpu_count() or 1)))
 
 
 def connect(config: ClusterConfig, workers: int) -> Session:

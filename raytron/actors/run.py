@@ -22,7 +22,7 @@ from typing import Any
 import ray
 
 from raytron import presets
-from raytron.actors.cluster import AUTH_MODE, NAMESPACE, Session, connect, follow_auth, join
+from raytron.actors.cluster import AUTH_MODE, NAMESPACE, Session, connect, follow_auth, join, own_room
 from raytron.actors.controller import ControllerActor, News, Seams
 from raytron.actors.worker import Request
 from raytron.config import RunConfig
@@ -34,6 +34,7 @@ from raytron.observe.progress import Screen
 from raytron.observe.records import Record, read_records
 from raytron.observe.result import Result, read_result
 from raytron.observe.table import Table
+from raytron.plan.cluster import too_small
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
 from raytron.rules import problems
@@ -248,6 +249,9 @@ def preflight(config: RunConfig) -> RunConfig:
     known = {problem.where for problem in found}
     if not any(where.startswith(("data", "model.vocab")) for where in known):
         found += data_problems(settled)
+    room, shape = own_room(settled.cluster), MeshShape.of(settled.mesh)
+    if room is not None and not any(where.startswith(("mesh", "cluster")) for where in known):
+        found += too_small(room, settled.cluster, shape.world, str(shape))
     if found:
         raise ConfigError(found)
     return settled
