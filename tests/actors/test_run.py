@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,20 @@ def controllers(name):
 def test_nothing_is_left_when_a_run_has_ended(undisturbed):
     assert not controllers(undisturbed.name)
     assert ray.available_resources()["CPU"] == 4
+
+
+def test_the_numbers_stand_where_prometheus_scrapes(start):
+    """Ray's metrics agent serves them with the name of the run, within seconds."""
+    run = start(steps=400)
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 40
+    found: set[str] = set()
+    while len(found) < 4 and time.monotonic() < deadline:
+        time.sleep(1)
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found = {
+            line.split("{")[0] for line in lines if line.startswith("ray_raytron_") and f'run="{run.name}"' in line
+        }
+    assert found == {f"ray_raytron_{name}" for name in ("loss", "tokens_per_s", "step_time_s", "grad_norm")}
