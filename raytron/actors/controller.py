@@ -40,7 +40,7 @@ from raytron.observe.result import Result, read_result
 from raytron.plan.flops import mfu, peak_flops
 from raytron.plan.plan import Plan, make_plan
 from raytron.training.generate import generate
-from raytron.training.open import open_trainer
+from raytron.training.open import evaluates, open_trainer
 from raytron.training.run_directory import RunDirectory
 
 POLL_S = 0.5  # between two looks at running workers
@@ -141,7 +141,7 @@ class Controller:
             f"{dataset.unigram_entropy:.3f} nats per token (the loss of counting tokens alone)"
         )
         self._say("data", text, tokens=train, unigram_entropy=dataset.unigram_entropy, path=str(dataset.path))
-        self._evaluates = self.config.evaluate.batches > 0 and held > self.config.sequence_length
+        self._evaluates = evaluates(self.config, dataset)
         return dataset
 
     def _make_plan(self) -> Plan:

@@ -10,15 +10,12 @@ A restart goes on from the newest good generation. This version makes the same m
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 
 from raytron.actors.worker import PeerError
 from raytron.errors import WorkerError
 from raytron.plan.plan import Plan
-
-T = TypeVar("T")
 
 
 class WorkersLost(Exception):

@@ -19,9 +19,7 @@ from raytron.data.batch import Batch
 from raytron.model.mlp import ACTIVATIONS
 from raytron.optim.lr import learning_rate
 from raytron.parallel.layout import Layout
-from raytron.parallel.random import fill_normal, keep_mask, key_of, mix, token_rows
-
-_GOLDEN = -7046029254386353131
+from raytron.parallel.random import fill_normal, keep_mask, key_of, token_rows
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]:
@@ -152,7 +150,7 @@ class Twin:
         q = self._linear(x, f"{name}.q")  # (B,S,H,h)
         k, v = self._linear(x, f"{name}.kv").unbind(3)  # (B,S,KV,h)
         if model.qk_norm:
-            q, k = self._qk_norm(q, f"{name}.q_norm"), self._qk_norm(k, f"{name}.k_norm")
+            q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
         if model.positions == "rope":
             q, k = self._rotate(q), self._rotate(k)
         repeat = model.heads // model.num_kv_heads
@@ -167,13 +165,10 @@ class Twin:
         return self._linear(mixed, f"{name}.out")
 
     def _attention_mask(self, name: str, samples: Tensor, length: int) -> Tensor:
-        tokens = mix(samples * _GOLDEN)[:, None] + torch.arange(length)
+        tokens = token_rows(samples, torch.arange(length)).t()
         rows = tokens[:, None, :] * self.model.heads + torch.arange(self.model.heads)[None, :, None]
         key = key_of(self.config.seed, name, "probabilities")
         return keep_mask(self.model.attention_dropout, key, rows, torch.arange(length))
-
-    def _qk_norm(self, x: Tensor, name: str) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.model.norm_eps) * self.weights[f"{name}.weight"]
 
     def _rotate(self, x: Tensor) -> Tensor:
         half = x.shape[-1] // 2

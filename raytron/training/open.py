@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raytron.data.shards import open_dataset
+from raytron.config import RunConfig
+from raytron.data.shards import Dataset, open_dataset
 from raytron.data.stream import ShardStream
 from raytron.parallel.mesh import Mesh
 from raytron.plan.plan import Plan
 from raytron.training.trainer import Trainer
+
+
+def evaluates(config: RunConfig, data: Dataset) -> bool:
+    """Whether a run evaluates: it is asked to, and a validation sample exists."""
+    return config.evaluate.batches > 0 and data.tokens("validation") > config.sequence_length
 
 
 def open_trainer(plan: Plan, mesh: Mesh, dataset: Path) -> Trainer:
@@ -16,6 +22,6 @@ def open_trainer(plan: Plan, mesh: Mesh, dataset: Path) -> Trainer:
     config, data = plan.config, open_dataset(dataset)
     stream = ShardStream(data, "train", config.sequence_length, config.seed)
     validation = None
-    if config.evaluate.batches and data.tokens("validation") > config.sequence_length:
+    if evaluates(config, data):
         validation = ShardStream(data, "validation", config.sequence_length)
     return Trainer(plan, mesh, stream, validation, data_digest=data.hash)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from raytron.checkpoint.catalog import Generation
 from raytron.checkpoint.checkpointer import facts as read_facts
@@ -16,14 +15,13 @@ from raytron.checkpoint.checkpointer import load as load_slices
 from raytron.checkpoint.checkpointer import save as save_slices
 from raytron.config import to_mapping
 from raytron.data.batch import TokenStream
+from raytron.observe.records import Record
 from raytron.optim.lr import learning_rate
 from raytron.parallel.layout import Slice
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.pipeline import Watch
 from raytron.plan.plan import Plan
 from raytron.training.engine import Engine
-
-Record = dict[str, Any]
 
 
 class Trainer:
