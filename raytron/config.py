@@ -25,9 +25,37 @@ from raytron.errors import ConfigError, Problem
 NormName = Literal["rmsnorm", "layernorm"]
 PositionName = Literal["rope", "learned", "none"]
 ActivationName = Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"]
-ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1"]
+ScheduleName = Literal[
+    "gpipe", "1f1b", "interleaved", "looped-bfs", "interleaved-zb", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min",
+    "dualpipe-v", "auto",
+]  # fmt: skip
+OptimizerName = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
+RecomputeName = Literal["none", "selective", "full"]
 DecayName = Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in place of some feed-forward layers (Shazeer et al., arXiv 1701.06538)."""
+
+    count: int = 0  # routed experts of a layer; 0: every feed-forward layer is dense
+    top_k: int = 2  # experts that each token goes to
+    ffn: int | None = None  # width of one expert; None: model.ffn
+    shared_ffn: int = 0  # width of the expert that every token goes through; 0: none
+    shared_gate: bool = False  # the shared expert's output is weighed by a sigmoid of the token (Qwen2-MoE)
+    first_dense: int = 0  # this many layers stay dense, then
+    every: int = 1  # every n-th layer has experts
+    score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits
+    normalize: bool = True  # the weights of a token's chosen experts sum to 1
+    scale: float = 1.0  # factor on those weights
+    groups: int = 1  # experts in groups, of which
+    group_top_k: int = 1  # a token may choose from this many (DeepSeek-V2, arXiv 2405.04434)
+    capacity_factor: float | None = None  # an expert takes at most factor · tokens · top_k / count; None: dropless
+    drop: Literal["probability", "position"] = "probability"  # who stays where an expert is full
+    aux_loss: float = 0.0  # weight of the load balance loss (Fedus et al., arXiv 2101.03961)
+    z_loss: float = 0.0  # weight of the router's z-loss (Zoph et al., arXiv 2202.08906)
+    bias_rate: float = 0.0  # step of the balancing bias without a loss (Wang et al., arXiv 2408.15664); 0: no bias
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,7 @@ class ModelConfig:
     dropout: float = 0.0  # embedding and residual dropout probability
     attention_dropout: float = 0.0
     init_std: float = 0.02
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
     @property
     def num_kv_heads(self) -> int:
@@ -72,38 +101,64 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many ways each axis cuts the work. World size = pp · dp · cp · tp; tp is innermost, pp outermost."""
+    """How many ways each axis cuts the work. World size = pp · dp · cp · tp; tp is innermost, pp outermost.
+
+    Experts fold dp · cp · tp anew, on a grid of their own: expert data parallel · ep · etp, etp innermost.
+    """
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
-    ep: int = 1
+    ep: int = 1  # ranks that share out the experts of a layer
+    etp: int = 1  # ranks that cut each expert's width
+    replicate: int = 1  # dp = replicate × shard: optimizer state (and, by ZeRO level, more) is cut over the shard only
+    cp_all_to_all: int = 1  # cp = ring × all-to-all: this many neighbours exchange heads for sequence (Ulysses)
     sequence_parallel: bool = True  # cut norms, dropout and residuals along the sequence over tp (no effect at tp=1)
 
 
 @dataclass(frozen=True)
 class PipelineConfig:
     schedule: ScheduleName = "1f1b"
-    virtual_stages: int = 1  # model chunks per pipeline rank (interleaved only)
+    virtual_stages: int = 1  # model chunks per pipeline rank, where the schedule has more than one
     split: tuple[int, ...] | None = None  # layers of each stage, first to last; None: balanced by cost
+    layout: str | None = None  # stages as text, such as "Et|tt|tt|tL": E embedding, t layer, L loss head; or `split`
 
 
 @dataclass(frozen=True)
 class DataParallelConfig:
-    zero: Literal[0, 1, 2] = 1  # 0: all-reduce; 1: optimizer state sharded; 2: gradients sharded too
+    zero: Literal[0, 1, 2, 3] = 1  # 0: all-reduce; sharded are 1: optimizer state; 2: gradients too; 3: weights too
     bucket_mb: float = 25.0  # gradient bucket size in MiB of fp32
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel; they are summed up locally in fp32
+    prefetch: int = 1  # ZeRO 3: blocks whose weights are gathered ahead of use
+    offload: bool = False  # optimizer state and masters live in host memory
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and activations; bf16 keeps fp32 masters and reductions
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"  # of weights and activations; masters are fp32 with every type
+    moments: Literal["fp32", "bf16"] = "fp32"  # of the optimizer's running averages
+    stochastic_rounding: bool = False  # of bf16 moments and of weights cast from masters
+    loss_scale: float = 65536.0  # fp16: the first loss scale, then halved at overflow and
+    loss_scale_window: int = 1000  # doubled after this many steps without one
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Work done twice, or bytes moved to the host, for less device memory."""
+
+    recompute: RecomputeName = "none"  # selective: attention core, norms, activations; full: whole blocks
+    recompute_every: int = 1  # full: of every n blocks in a stage, one is recomputed
+    recompute_stages: tuple[int, ...] | None = None  # the stages that it holds for; None: all
+    offload_activations: bool = False  # what a block keeps for its backward waits in (pinned) host memory
+    loss_chunks: int = 1  # logits and loss are computed in this many pieces along the sequence
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), decay decoupled from the gradient."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), decay decoupled from the gradient, or another by name."""
 
+    name: OptimizerName = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -190,11 +245,13 @@ class RunConfig:
     global_batch_size: int = 16  # sequences per optimizer step, over all ranks
     micro_batch_size: int = 1  # sequences per forward pass of one rank
     sequence_length: int = 256  # tokens per sequence
+    determinism: Literal["mesh", "canonical"] = "mesh"  # canonical: equal to the bit over dp, too
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data_parallel: DataParallelConfig = field(default_factory=DataParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     data: DataConfig = field(default_factory=DataConfig)

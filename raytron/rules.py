@@ -200,11 +200,33 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
         yield Problem("evaluate.prompt_tokens", what, f"use less than {rows}")
 
 
+# what may be written already, and is not there yet: the key, its neutral value
+NOT_YET = {
+    "mesh.cp": 1, "mesh.cp_all_to_all": 1, "mesh.ep": 1, "mesh.etp": 1, "mesh.replicate": 1,
+    "model.experts.count": 0, "pipeline.layout": None, "determinism": "mesh",
+    "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
+    "precision.moments": "fp32", "precision.stochastic_rounding": False, "optimizer.name": "adamw",
+    "memory.recompute": "none", "memory.recompute_stages": None, "memory.offload_activations": False,
+    "memory.loss_chunks": 1,
+}  # fmt: skip
+NOT_YET_VALUES = {
+    "pipeline.schedule": (
+        "looped-bfs", "interleaved-zb", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe-v", "auto",
+    ),
+    "data_parallel.zero": (3,),
+    "precision.dtype": ("fp16",),
+}  # fmt: skip
+
+
 def _unsupported(config: RunConfig) -> Iterator[Problem]:
-    for axis, name in (("cp", "context"), ("ep", "expert")):
-        size = getattr(config.mesh, axis)
-        if size > 1:
-            yield Problem(f"mesh.{axis}", f"this version has no {name} parallelism, and {size} is asked for", "use 1")
+    values = flatten(to_mapping(config))
+    for key, neutral in NOT_YET.items():
+        if values[key] != neutral:
+            shown = "null" if neutral is None else str(neutral).lower()
+            yield Problem(key, f"this version does not have {values[key]!r} yet", f"use {shown}")
+    for key, missing in NOT_YET_VALUES.items():
+        if values[key] in missing:
+            yield Problem(key, f"this version does not have {values[key]!r} yet", "use another value")
 
 
 def _stages(config: RunConfig) -> Iterator[Problem]:
@@ -308,7 +330,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     (f"{_HEADS} model.ffn mesh.tp sequence_length mesh.sequence_parallel", _tensor_parallel),
     ("sequence_length mesh.tp mesh.sequence_parallel", _sequence_parallel),
     ("sequence_length model.max_positions model.positions evaluate.prompt_tokens", _positions),
-    ("mesh.cp mesh.ep", _unsupported),
+    ("", _unsupported),
     ("model.layers mesh.pp pipeline.virtual_stages pipeline.split", _stages),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),

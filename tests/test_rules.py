@@ -43,8 +43,8 @@ CASES = [
     ),
     ({"sequence_length": 255, "mesh.tp": 2}, "sequence_length", "under sequence parallelism", "use 254 or 256"),
     ({"sequence_length": 4096, "model.positions": "learned"}, "sequence_length", "2048 learned", "use at most 2048"),
-    ({"mesh.cp": 2}, "mesh.cp", "this version has no context parallelism", "use 1"),
-    ({"mesh.ep": 2}, "mesh.ep", "this version has no expert parallelism", "use 1"),
+    ({"mesh.cp": 2}, "mesh.cp", "this version does not have 2 yet", "use 1"),
+    ({"mesh.ep": 2}, "mesh.ep", "this version does not have 2 yet", "use 1"),
     ({"mesh.pp": 8}, "mesh.pp", "4 layers cannot fill 8 stages", "at most 4 stages, or at least 8 layers"),
     ({"mesh.pp": 2, "pipeline.split": [1, 1, 2]}, "pipeline.split", "3 entries for 2 stages", "give 2 entries"),
     ({"mesh.pp": 2, "pipeline.split": [4, 0]}, "pipeline.split", "leaves a stage without", "at least 1"),
@@ -102,11 +102,11 @@ def test_all_are_reported_at_once():
 
 
 def test_values_of_a_wrong_type_do_not_hide_the_rest():
-    broken = RunConfig(steps="many", run_dir="", data_parallel=DataParallelConfig(zero=3))  # type: ignore[arg-type]
+    broken = RunConfig(steps="many", run_dir="", data_parallel=DataParallelConfig(zero=4))  # type: ignore[arg-type]
     found = {problem.where: problem.remedy for problem in problems(broken)}
     assert found == {
         "steps": "give a whole number",
-        "data_parallel.zero": "give one of 0, 1, 2",
+        "data_parallel.zero": "give one of 0, 1, 2, 3",
         "run_dir": "give a text",
     }
 

@@ -27,7 +27,7 @@ from raytron.config import RunConfig, flatten, load, to_mapping, to_yaml
 from raytron.errors import ConfigError, Problem
 
 MAY_CHANGE = (
-    "steps", "name", "run_dir", "micro_batch_size", "mesh.*", "pipeline.*", "data_parallel.*", "checkpoint.*",
+    "steps", "name", "run_dir", "micro_batch_size", "mesh.*", "pipeline.*", "data_parallel.*", "memory.*", "checkpoint.*",
     "evaluate.*", "observe.*", "cluster.*", "resume.*",
 )  # fmt: skip
 

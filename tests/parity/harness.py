@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -82,13 +83,8 @@ def run_twin(config: RunConfig, steps: int) -> Outcome:
 def bare(config: RunConfig) -> RunConfig:
     """Only what defines the model and its training: the twin's key."""
     plain = RunConfig()
-    return config.replace(
-        **{
-            "mesh.pp": 1, "mesh.dp": 1, "mesh.tp": 1, "mesh.sequence_parallel": True, "pipeline.schedule": "1f1b",
-            "pipeline.virtual_stages": 1, "pipeline.split": None, "data_parallel.zero": plain.data_parallel.zero,
-            "micro_batch_size": 1, "data_parallel.bucket_mb": plain.data_parallel.bucket_mb,
-        }
-    )  # fmt: skip
+    how = {"mesh": plain.mesh, "pipeline": plain.pipeline, "data_parallel": plain.data_parallel, "memory": plain.memory}
+    return dataclasses.replace(config, **how, micro_batch_size=1, precision=plain.precision, determinism="mesh")
 
 
 def check_equal(world: World, config: RunConfig, steps: int = 20) -> None:
