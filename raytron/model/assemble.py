@@ -41,7 +41,7 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
     config = plan.config
     dtype = DTYPES[config.precision.dtype]
     parallel = TensorParallel(mesh.tp, config.mesh.sequence_parallel)
-    build = Builder(parallel, config.seed, dtype, mesh.device)
+    build = Builder(parallel, mesh.place, config.seed, dtype, mesh.device)
     stages: dict[int, Stage] = {}
     last = len(plan.stages) - 1
     table: Param | None = None

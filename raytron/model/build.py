@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import torch
 
-from raytron.parallel.layout import Layout
+from raytron.parallel.layout import Cut, Layout, Place
 from raytron.parallel.parameter import Param
 from raytron.parallel.random import fill_normal, key_of
 from raytron.parallel.tensor import TensorParallel
 
 
 class Builder:
-    """Makes the parameters of one rank."""
+    """Makes the parameters of one rank, which stands at `place` of the mesh."""
 
-    def __init__(self, parallel: TensorParallel, seed: int, dtype: torch.dtype, device: torch.device):
-        self.parallel, self.seed, self.dtype, self.device = parallel, seed, dtype, device
+    def __init__(self, parallel: TensorParallel, place: Place, seed: int, dtype: torch.dtype, device: torch.device):
+        self.parallel, self.place, self.seed, self.dtype, self.device = parallel, place, seed, dtype, device
         self.params: list[Param] = []
 
     def normal(
         self, name: str, shape: tuple[int, ...], std: float, *, dim: int | None, repeat: int = 1, decay: bool = True
     ) -> Param:
         """A weight of some global shape, cut along `dim` over tp."""
-        layout = Layout(shape, dim=dim, repeat=repeat, partial=dim is not None and repeat > 1)
+        layout = Layout(shape, _over_tp(dim, repeat), partial=dim is not None and repeat > 1)
         return self._make(name, layout, decay, std)
+
+    def expert(self, name: str, shape: tuple[int, ...], std: float, *, dim: int) -> Param:
+        """A weight of all experts of a layer, (experts, ...): the experts are shared out over ep, `dim` is cut over etp."""
+        return self._make(name, Layout(shape, (Cut("ep", 0), Cut("etp", dim)), expert=True), True, std)
 
     def table(self, name: str, shape: tuple[int, int], std: float, *, partial: bool) -> Param:
         """A learned table that every tp rank holds whole; no weight decay."""
@@ -44,17 +48,21 @@ class Builder:
         repeat: int = 1,
     ) -> Param:
         """A norm weight or a bias; no weight decay. `partial`: the gradient is a partial sum over tp."""
-        layout = Layout(shape, dim=dim, repeat=repeat, partial=partial if dim is None else repeat > 1)
+        layout = Layout(shape, _over_tp(dim, repeat), partial=partial if dim is None else repeat > 1)
         param = self._make(name, layout, False, 0.0)
         with torch.no_grad():
             param.fill_(value)
         return param
 
     def _make(self, name: str, layout: Layout, decay: bool, std: float) -> Param:
-        values = torch.zeros(layout.local_shape(self.parallel.size), device=self.device)
+        values = torch.zeros(layout.local_shape(self.place), device=self.device)
         if std > 0:
             key = key_of(self.seed, "init", name)
-            fill_normal(values, layout, self.parallel.size, self.parallel.rank, key, std)
+            fill_normal(values, layout, self.place, key, std)
         param = Param(values.to(self.dtype), name, layout, decay)
         self.params.append(param)
         return param
+
+
+def _over_tp(dim: int | None, repeat: int) -> tuple[Cut, ...]:
+    return () if dim is None else (Cut("tp", dim, repeat),)

@@ -8,9 +8,13 @@ last parameter of a bucket is in, the bucket is reduced over dp, in the backgrou
     ZeRO 2   reduce-scatter as soon as every parameter of the bucket has a new contribution, added to the owned share;
              the sums are freed in between
 
-(Rajbhandari et al., arXiv 1910.02054.) The share of a parameter is a chunk along its widest local dimension, so an owned
-tensor is always one rectangle of the global one: what a checkpoint wants. Reduce-scatter needs the chunks of one owner
-side by side, so `_pack` lays a bucket out as (dp, share) just before it is sent.
+(Rajbhandari et al., arXiv 1910.02054.) Here dp stands for all ranks that see other tokens: dp · cp, for parameters of
+experts edp (`raytron.parallel.mesh.Reduction`). A parameter is shared out within a replica only (`mesh.replicate`), and
+its shares are then summed over the replicas: hybrid sharding (Zhang et al., arXiv 2304.11277).
+
+The share of a parameter is a chunk along its widest local dimension, so an owned tensor is always one rectangle of the
+global one: what a checkpoint wants. Reduce-scatter needs the chunks of one owner side by side, so `_pack` lays a bucket
+out as (owners, share) just before it is sent.
 
 What is left after dp is summed on the owned shares, where it is smallest: partial gradients over tp (norms under sequence
 parallelism, repeated KV heads) and the two copies of a tied embedding on the first and last stage.
@@ -19,6 +23,7 @@ parallelism, repeated KV heads) and the two copies of a tied embedding on the fi
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +32,7 @@ from torch import Tensor
 
 from raytron.parallel.collectives import Wait, all_gather, all_reduce, start_all_reduce, start_reduce_scatter
 from raytron.parallel.layout import Slice, chunk
-from raytron.parallel.mesh import Group, Mesh
+from raytron.parallel.mesh import Group, Mesh, Reduction
 from raytron.parallel.parameter import Param
 
 MEBIBYTE = 1 << 20
@@ -55,28 +60,26 @@ class Owned:
     def slice(self, share: Tensor, mesh: Mesh) -> Slice:
         """A tensor of the share's shape as a Slice of the global parameter, without padding."""
         layout = self.param.cut
-        whole = layout.slice(self.param.detach(), mesh.shape.tp, mesh.coords.tp)
-        offsets = tuple(at + (self.start if dim == self.dim else 0) for dim, at in enumerate(whole.offsets))
-        if layout.dim is not None:
-            padded_from = self.start if layout.dim == self.dim else 0
-            real = max(0, min(share.shape[layout.dim], whole.tensor.shape[layout.dim] - padded_from))
-            share = share.narrow(layout.dim, 0, real)
-        return Slice(layout.shape, offsets, share)
+        offsets, sizes = layout.box(mesh.place)
+        starts = [self.start if dim == self.dim else 0 for dim in range(len(sizes))]
+        for dim, (size, start) in enumerate(zip(sizes, starts, strict=True)):
+            share = share.narrow(dim, 0, max(0, min(share.shape[dim], size - start)))
+        return Slice(layout.shape, tuple(map(operator.add, offsets, starts)), share)
 
 
 class Bucket:
-    """Some parameters whose gradients travel together. All offsets count fp32 elements."""
+    """Some parameters of one kind whose gradients travel together. All offsets count fp32 elements."""
 
-    def __init__(self, params: Sequence[Param], dp: Group, sharded: bool):
+    def __init__(self, params: Sequence[Param], over: Reduction, sharded: bool):
         self.params = list(params)
-        self.dp = dp
-        self.sharded = sharded and dp.size > 1
+        self.over = over
+        self.sharded = sharded and over.shard.size > 1
         self.dims = [_widest(param.shape) for param in self.params]
         self.sums: Tensor | None = None
         self.share = torch.zeros(0)
         if self.sharded:
             self.offsets, self.share_size = _offsets(
-                param.numel() // param.shape[dim] * -(-param.shape[dim] // dp.size)
+                param.numel() // param.shape[dim] * -(-param.shape[dim] // over.shard.size)
                 for param, dim in zip(self.params, self.dims, strict=True)
             )
             self.share = torch.zeros(self.share_size, device=self.params[0].device)
@@ -95,12 +98,13 @@ class Bucket:
     def own(self, index: int, mesh: Mesh, first_copy: bool) -> Owned:
         """The share of parameter number `index`."""
         param, dim = self.params[index], self.dims[index]
-        counted = first_copy and mesh.coords.tp % param.cut.holders(mesh.shape.tp) == 0
+        width = mesh.place[param.cut.width_axis][1]
+        counted = first_copy and width % param.cut.holders(mesh.place) == 0 and self.over.replicate.index == 0
         if not self.sharded:
             assert param.main_grad is not None
-            counted = counted and self.dp.index == 0
+            counted = counted and self.over.every.index == 0
             return Owned(param, dim, 0, param.shape[dim], param.main_grad, counted)
-        start, length = chunk(param.shape[dim], self.dp.size, self.dp.index)
+        start, length = chunk(param.shape[dim], self.over.shard.size, self.over.shard.index)
         return Owned(param, dim, start, length, self._piece(self.share, index, length), counted)
 
     def _piece(self, share: Tensor, index: int, length: int) -> Tensor:
@@ -110,22 +114,23 @@ class Bucket:
         return share[offset : offset + math.prod(shape)].view(shape)
 
     def reduce(self) -> None:
-        """Starts summing over dp what the parameters hold."""
+        """Starts summing over the data-parallel ranks what the parameters hold."""
         assert self.sums is not None
         for param in self.params:
             if param.fresh:
                 assert param.main_grad is not None
                 param.main_grad.zero_()
         if not self.sharded:
-            self.pending.append(start_all_reduce(self.sums, self.dp))
+            self.pending.append(start_all_reduce(self.sums, self.over.every))
         else:
-            self.pending.append(start_reduce_scatter(self._pack(), self.dp))
+            self.pending.append(start_reduce_scatter(self._pack(), self.over.shard))
 
     def settle(self) -> None:
         """Waits for the reductions that were started and adds them to the share."""
         for wait in self.pending:
             summed = wait()
             if self.sharded:
+                all_reduce(summed, self.over.replicate)
                 if self.reductions == 0:
                     self.share.copy_(summed)
                 else:
@@ -140,12 +145,12 @@ class Bucket:
             param.main_grad = None
 
     def _pack(self) -> Tensor:
-        """The sums as (dp · share): all that belongs to one owner side by side."""
-        packed = torch.zeros(self.dp.size, self.share_size, device=self.share.device)
+        """The sums as (owners · share): all that belongs to one owner side by side."""
+        packed = torch.zeros(self.over.shard.size, self.share_size, device=self.share.device)
         for index, (param, dim) in enumerate(zip(self.params, self.dims, strict=True)):
             assert param.main_grad is not None
-            for owner in range(self.dp.size):
-                start, length = chunk(param.shape[dim], self.dp.size, owner)
+            for owner in range(self.over.shard.size):
+                start, length = chunk(param.shape[dim], self.over.shard.size, owner)
                 self._piece(packed[owner], index, length).copy_(param.main_grad.narrow(dim, start, length))
         return packed.view(-1)
 
@@ -160,10 +165,10 @@ class Bucket:
         mine = torch.zeros(self.share_size, dtype=self.params[0].dtype, device=self.share.device)
         for index, master in enumerate(masters):
             self._piece(mine, index, master.shape[self.dims[index]]).copy_(master)
-        everyone = all_gather(mine, self.dp).view(self.dp.size, -1)
+        everyone = all_gather(mine, self.over.shard).view(self.over.shard.size, -1)
         for index, (param, dim) in enumerate(zip(self.params, self.dims, strict=True)):
-            for owner in range(self.dp.size):
-                start, length = chunk(param.shape[dim], self.dp.size, owner)
+            for owner in range(self.over.shard.size):
+                start, length = chunk(param.shape[dim], self.over.shard.size, owner)
                 param.narrow(dim, start, length).copy_(self._piece(everyone[owner], index, length))
 
 
@@ -186,8 +191,10 @@ class GradientBuckets:
         """
         self.mesh, self.zero, self.tied, self.uses = mesh, zero, tied, uses
         ordered = list(reversed(params))
-        groups = _grouped(ordered, int(bucket_mb * MEBIBYTE))
-        self.buckets = [Bucket(group, mesh.dp, sharded=zero >= 1) for group in groups]
+        self.buckets = [
+            Bucket(group, mesh.experts if group[0].cut.expert else mesh.dense, sharded=zero >= 1)
+            for group in _grouped(ordered, int(bucket_mb * MEBIBYTE))
+        ]
         self._bucket_of = {param: index for index, bucket in enumerate(self.buckets) for param in bucket.params}
         for bucket in self.buckets:
             bucket.allocate()
@@ -251,11 +258,11 @@ class GradientBuckets:
 
     def _partial_sums(self) -> list[tuple[list[Tensor], Group]]:
         """What is still to be summed after dp: owned gradients, and the group over which."""
-        tp, out = self.mesh.shape.tp, []
+        place, out = self.mesh.place, []
         partial = [owned for owned in self.owned if owned.param.cut.partial]
-        for run in sorted({owned.param.cut.holders(tp) for owned in partial} - {1}):
+        for run in sorted({owned.param.cut.holders(place) for owned in partial} - {1}):
             first = self.mesh.coords.tp // run * run
-            shares = [owned.gradient for owned in partial if owned.param.cut.holders(tp) == run]
+            shares = [owned.gradient for owned in partial if owned.param.cut.holders(place) == run]
             out.append((shares, self.mesh.group(self.mesh.tp.ranks[first : first + run])))
         if self.tied is not None:
             param, copies = self.tied
@@ -274,16 +281,16 @@ def _sum_together(shares: Sequence[Tensor], group: Group) -> None:
 
 
 def _grouped(params: Sequence[Param], limit_bytes: int) -> list[list[Param]]:
-    """Neighbouring parameters in buckets of at least one parameter and about `limit_bytes` of fp32."""
+    """Neighbouring parameters of one kind in buckets of at least one parameter and about `limit_bytes` of fp32, in the
+    order in which they fill up."""
     groups: list[list[Param]] = []
-    filled = limit_bytes
+    open_groups: dict[bool, list[Param]] = {}
     for param in params:
-        if filled >= limit_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(param)
-        filled += param.numel() * 4
-    return groups
+        group = open_groups.setdefault(param.cut.expert, [])
+        group.append(param)
+        if sum(member.numel() * 4 for member in group) >= limit_bytes:
+            groups.append(open_groups.pop(param.cut.expert))
+    return groups + list(open_groups.values())
 
 
 def _widest(shape: Sequence[int]) -> int:

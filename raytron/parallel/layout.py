@@ -11,10 +11,15 @@ checkpoint or a norm.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from raytron.plan.mesh import Axis
+
+Place = Mapping[Axis, tuple[int, int]]  # of a rank: the number of ranks on an axis and its own index; absent: one rank
 
 
 class Slice(NamedTuple):
@@ -36,42 +41,61 @@ def chunk(size: int, parts: int, part: int) -> tuple[int, int]:
     return start, min(width, size - start)
 
 
+class Cut(NamedTuple):
+    """A mesh axis cuts a tensor dimension.
+
+    repeat: runs of this many neighbouring ranks hold the same slice (KV heads fewer than tp).
+    """
+
+    axis: Axis
+    dim: int
+    repeat: int = 1
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The cut of one parameter over tp.
+    """The cut of one parameter.
 
     shape: of the global tensor, without padding.
-    dim: the dimension that tp cuts; None: every tp rank holds the whole tensor.
-    repeat: runs of this many neighbouring tp ranks hold the same slice (KV heads fewer than tp).
-    partial: the gradient that a rank computes is a partial sum over the tp ranks that hold the same slice (norms under
-        sequence parallelism, repeated KV heads); otherwise those ranks compute equal gradients.
+    cuts: at most one for each dimension; along a width axis (tp, of an expert's parameter etp) that does not cut it, every
+        rank holds the whole tensor.
+    partial: the gradient that a rank computes is a partial sum over the ranks of the width axis that hold the same slice
+        (norms under sequence parallelism, repeated KV heads); otherwise those ranks compute equal gradients.
+    expert: a parameter of experts: its gradient is summed over edp in place of dp · cp.
     """
 
     shape: tuple[int, ...]
-    dim: int | None = None
-    repeat: int = 1
+    cuts: tuple[Cut, ...] = ()
     partial: bool = False
+    expert: bool = False
 
-    def cut(self, tp: int, tp_rank: int) -> tuple[int, int]:
-        """(start, length) of a rank's slice along `dim`, in global coordinates."""
-        assert self.dim is not None
-        return chunk(self.shape[self.dim], tp // self.repeat, tp_rank // self.repeat)
+    @property
+    def width_axis(self) -> Axis:
+        return "etp" if self.expert else "tp"
 
-    def local_shape(self, tp: int) -> tuple[int, ...]:
-        """The shape that every tp rank allocates, padding included."""
-        if self.dim is None:
-            return self.shape
-        width = -(-self.shape[self.dim] // (tp // self.repeat))
-        return (*self.shape[: self.dim], width, *self.shape[self.dim + 1 :])
+    def box(self, place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(offsets, sizes) of a rank's rectangle of the global tensor, without padding."""
+        offsets, sizes = [0] * len(self.shape), list(self.shape)
+        for axis, dim, repeat in self.cuts:
+            ranks, index = place.get(axis, (1, 0))
+            offsets[dim], sizes[dim] = chunk(self.shape[dim], max(1, ranks // repeat), index // repeat)
+        return tuple(offsets), tuple(sizes)
 
-    def holders(self, tp: int) -> int:
-        """How many neighbouring tp ranks hold the same slice."""
-        return tp if self.dim is None else self.repeat
+    def local_shape(self, place: Place) -> tuple[int, ...]:
+        """The shape that every rank allocates, padding included."""
+        shape = list(self.shape)
+        for axis, dim, repeat in self.cuts:
+            shape[dim] = -(-shape[dim] // max(1, place.get(axis, (1, 0))[0] // repeat))
+        return tuple(shape)
 
-    def slice(self, local: torch.Tensor, tp: int, tp_rank: int) -> Slice:
+    def holders(self, place: Place) -> int:
+        """How many neighbouring ranks of the width axis hold the same slice."""
+        ranks = place.get(self.width_axis, (1, 0))[0]
+        return next((min(ranks, cut.repeat) for cut in self.cuts if cut.axis == self.width_axis), ranks)
+
+    def slice(self, local: torch.Tensor, place: Place) -> Slice:
         """A rank's local tensor as a Slice: a view without the padding."""
-        if self.dim is None:
-            return Slice(self.shape, (0,) * len(self.shape), local)
-        start, length = self.cut(tp, tp_rank)
-        offsets = tuple(start if d == self.dim else 0 for d in range(len(self.shape)))
-        return Slice(self.shape, offsets, local.narrow(self.dim, 0, length))
+        offsets, sizes = self.box(place)
+        for dim, size in enumerate(sizes):
+            local = local.narrow(dim, 0, size)
+        return Slice(self.shape, offsets, local)

@@ -10,13 +10,15 @@ to make equally many in the same order: a rank that has no part in a group stand
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from raytron.parallel.layout import Place
 from raytron.plan.mesh import Axis, Coords, MeshShape
 
 
@@ -31,6 +33,14 @@ class Group:
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+
+class Reduction(NamedTuple):
+    """Over whom the gradients of a kind of parameter are summed: every rank = those that share it out × the replicas."""
+
+    every: Group
+    shard: Group
+    replicate: Group
 
 
 def open_world(store: Any, rank: int, world: int, backend: str = "gloo", timeout_s: float = 120.0) -> None:
@@ -64,11 +74,22 @@ class Mesh:
         self.world = self.group(tuple(range(world)))
         self.tp = self.axis("tp")
         self.dp = self.axis("dp")
+        axes: tuple[Axis, ...] = ("tp", "ep", "etp")
+        self.place: Place = {axis: (shape.size(axis), shape.index(rank, axis)) for axis in axes}
+        self.dense = self._reduction("dp", "shard", "cp")
         self.control = self._control_group()
 
     def axis(self, *axes: Axis) -> Group:
         """The group of ranks that differ from this one on `axes` only."""
         return self.group(self.shape.group(self.rank, *axes))
+
+    @functools.cached_property
+    def experts(self) -> Reduction:
+        """Over whom gradients of experts are summed. All ranks of a mesh have to ask for it at the same point."""
+        return self._reduction("edp", "eshard")
+
+    def _reduction(self, every: Axis, shard: Axis, *also: Axis) -> Reduction:
+        return Reduction(self.axis(every, *also), self.axis(shard, *also), self.axis("replicate"))
 
     def _control_group(self) -> dist.ProcessGroup | None:
         """A gloo group over the world for objects on the host, such as a checkpoint's plan."""

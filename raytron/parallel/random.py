@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from raytron.parallel.layout import Layout
+from raytron.parallel.layout import Layout, Place
 
 _GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed number
 _MULTIPLY_1 = -4658895280553007687
@@ -61,10 +61,10 @@ def normal(key: int | Tensor, index: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill_normal(local: Tensor, layout: Layout, tp: int, tp_rank: int, key: int, std: float) -> None:
+def fill_normal(local: Tensor, layout: Layout, place: Place, key: int, std: float) -> None:
     """Fills a rank's local tensor with its slice of the global normal tensor; padding becomes zero."""
     local.zero_()
-    part = layout.slice(local, tp, tp_rank)
+    part = layout.slice(local, place)
     strides = torch.empty(part.shape, device="meta").stride()
     rows = max(1, _BLOCK // max(1, part.tensor[:1].numel()))
     for first in range(0, part.tensor.shape[0], rows):

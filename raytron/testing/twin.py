@@ -71,7 +71,7 @@ class Twin:
         for name, (shape, std) in shapes(config.model).items():
             value = torch.ones(shape) if std == -1 else torch.zeros(shape)
             if std > 0:
-                fill_normal(value, Layout(shape), 1, 0, key_of(config.seed, "init", name), std)
+                fill_normal(value, Layout(shape), {}, key_of(config.seed, "init", name), std)
             self.weights[name] = value.requires_grad_()
         decayed = [w for n, w in self.weights.items() if self._decays(n)]
         plain = [w for n, w in self.weights.items() if not self._decays(n)]

@@ -7,24 +7,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytron.parallel.layout import Layout
+from raytron.parallel.layout import Cut, Layout, chunk
 from raytron.parallel.random import dropout, fill_normal, key_of, mix, normal, to_unit, uniform
 
 
 def whole(shape, key):
     out = torch.empty(shape)
-    fill_normal(out, Layout(shape), 1, 0, key, 1.0)
+    fill_normal(out, Layout(shape), {}, key, 1.0)
     return out
 
 
 @given(rows=st.integers(1, 20), columns=st.integers(1, 9), tp=st.integers(1, 5), dim=st.sampled_from([0, 1]))
 def test_a_rank_makes_its_own_slice(rows, columns, tp, dim):
-    layout = Layout((rows, columns), dim=dim)
+    layout = Layout((rows, columns), (Cut("tp", dim),))
     truth = whole((rows, columns), 7)
     for rank in range(tp):
-        local = torch.full(layout.local_shape(tp), math.nan)
-        fill_normal(local, layout, tp, rank, 7, 1.0)
-        start, length = layout.cut(tp, rank)
+        place = {"tp": (tp, rank)}
+        local = torch.full(layout.local_shape(place), math.nan)
+        fill_normal(local, layout, place, 7, 1.0)
+        start, length = chunk(layout.shape[dim], tp, rank)
         assert torch.equal(local.narrow(dim, 0, length), truth.narrow(dim, start, length))
         assert (local.narrow(dim, length, local.shape[dim] - length) == 0).all()
 
