@@ -23,8 +23,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
         y = self.norm_1(x)
-        q = self.q(y).view(batch, length, self.heads, self.width).transpose(1, 2)
-        k, v = self.kv(y).view(batch, length, 2, self.kv_heads, self.width).transpose(1, 3).unbind(2)
+        q = self.q(y).view(batch, length, -1, self.width).transpose(1, 2)
+        k, v = self.kv(y).view(batch, length, -1, 2, self.width).transpose(1, 2).unbind(3)
         mixed = F.scaled_dot_product_attention(
             rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=self.heads != self.kv_heads
         )
