@@ -26,6 +26,7 @@ LAZY = {
     "attach": ("raytron.actors.run", "attach"),
     "statuses": ("raytron.actors.run", "statuses"),
     "plan": ("raytron.plan.plan", "make_plan"),
+    "paper cluster": ("raytron.plan.cluster", "on_paper"),
     "picture": ("raytron.plan.draw", "schedule_svg"),
     "data page": ("raytron.data.describe", "describe"),
     "checkpoint page": ("raytron.checkpoint.describe", "describe"),
@@ -65,7 +66,7 @@ def train(given: argparse.Namespace) -> int:
 
 
 def plan(given: argparse.Namespace) -> int:
-    made = lazy("plan")(_config(given), None)
+    made = lazy("plan")(_config(given), None if given.on is None else lazy("paper cluster")(given.on))
     print(made)
     if given.svg is not None:
         _write(Path(given.svg), lazy("picture")(made.schedule))
@@ -160,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a preset")
         made.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. mesh.tp=2 steps=50")
         if command is plan:
+            made.add_argument("--on", metavar="HARDWARE", help="hardware on paper, e.g. 512xH100 or 64xA100:4")
             made.add_argument("--svg", metavar="FILE", help="also draw the schedule into an SVG file")
     made = add(inspect, "show a checkpoint, a run directory or a data set")
     made.add_argument("path", metavar="CHECKPOINT|DATASET")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from dataclasses import dataclass
 
 from raytron.config import ClusterConfig
-from raytron.errors import Problem
+from raytron.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ class ClusterShape:
         count = len(self.nodes)
         gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
         return f"{count} node{'s' if count != 1 else ''} with {self.cpus:g} CPUs{gpus}"
+
+
+def on_paper(text: str) -> ClusterShape:
+    """A cluster that need not exist: `512xH100`, on nodes of 8 GPUs; `64xA100:4`, on nodes of 4; `4xcpu`, one node.
+
+    Raises ConfigError for another text.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([A-Za-z][\w -]*?)(?::([1-9]\d*))?", text)
+    if match is None:
+        raise ConfigError([Problem("--on", f"{text!r} names no hardware", "write e.g. 512xH100, 64xA100:4 or 4xcpu")])
+    count, device, each = int(match[1]), match[2], int(match[3] or 8)
+    if device.lower() == "cpu":
+        return ClusterShape((NodeShape("node-0", count),))
+    sizes = [min(each, count - first) for first in range(0, count, each)]
+    return ClusterShape(tuple(NodeShape(f"node-{at}", 16 * size, size, 0, device) for at, size in enumerate(sizes)))
 
 
 def too_small(cluster: ClusterShape, config: ClusterConfig, world: int, mesh: str) -> list[Problem]:

@@ -13,6 +13,7 @@ from raytron import presets
 from raytron.config import RunConfig
 from raytron.errors import ConfigError
 from raytron.plan import draw
+from raytron.plan.cluster import on_paper
 from raytron.plan.draw import COLUMNS, mesh_text, schedule_svg, schedule_text, size, table
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import ClusterShape, NodeShape, make_plan
@@ -153,3 +154,19 @@ def test_presets_fit_their_devices():
         assert plan.mesh.world == int(count), name
         if device in bytes_of:
             assert plan.memory.largest < 0.8 * bytes_of[device], name
+
+
+def test_a_cluster_on_paper():
+    cluster = on_paper("20xH100")
+    assert [node.gpus for node in cluster.nodes] == [8, 8, 4]
+    assert cluster.device_name == "H100"
+    assert on_paper("6xA100 80GB:4").nodes[1].gpus == 2
+    assert on_paper("4xcpu").cpus == 4
+    with pytest.raises(ConfigError, match="names no hardware"):
+        on_paper("many")
+
+
+def test_a_mesh_that_is_larger_than_the_cluster_on_paper_is_refused():
+    config = RunConfig().replace(**{"mesh.dp": 16, "cluster.device": "cuda"})
+    with pytest.raises(ConfigError, match="room for 8"):
+        make_plan(config, on_paper("8xH100"))
