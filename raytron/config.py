@@ -29,7 +29,7 @@ ScheduleName = Literal[
     "gpipe", "1f1b", "interleaved", "looped-bfs", "interleaved-zb", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min",
     "dualpipe-v", "auto",
 ]  # fmt: skip
-OptimizerName = Literal["adamw", "muon", "lion", "adafactor", "sgd"]
+OptimizerName = Literal["adamw", "muon", "lion", "sgd"]
 RecomputeName = Literal["none", "selective", "full"]
 DecayName = Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
@@ -155,16 +155,31 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """What holds for parameters by name, such as layers.0.mlp.up.weight; of several groups that match, the first."""
+
+    match: str = "*"  # glob on the full name
+    lr: float = 1.0  # factor on the learning rate
+    weight_decay: float | None = None  # in place of the optimizer's; None: as elsewhere
+    freeze: bool = False  # no update, and no part in the gradient norm
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101), decay decoupled from the gradient, or another by name."""
 
-    name: OptimizerName = "adamw"
-    beta1: float = 0.9
+    name: OptimizerName = "adamw"  # muon: hidden matrices by Muon, all else by AdamW
+    beta1: float = 0.9  # adamw, lion
     beta2: float = 0.95
-    eps: float = 1e-8
+    eps: float = 1e-8  # adamw
+    momentum: float = 0.95  # muon, sgd
+    nesterov: bool = True
+    newton_schulz_steps: int = 5  # muon: iterations, computed in
+    newton_schulz: Literal["fp32", "bf16"] = "fp32"
     weight_decay: float = 0.1
     decay_all: bool = False  # True: also decay norms, biases and embeddings
     clip_norm: float | None = 1.0  # global gradient norm limit; None: no clipping
+    groups: tuple[ParameterGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,15 @@ class LearningRateConfig:
     decay: DecayName = "cosine"
     decay_steps: int | None = None  # the horizon; None: `steps` as they stand when the run begins, then fixed
     stable_fraction: float = 0.8  # wsd: share of the steps after warmup that stay at the peak
+
+
+@dataclass(frozen=True)
+class BatchRampConfig:
+    """The global batch grows: from `start`, by `increment`, to global_batch_size after `samples` consumed sequences."""
+
+    start: int | None = None  # sequences of the first steps; None: the full batch from the beginning
+    increment: int = 1  # sequences; the rise is a multiple of it
+    samples: int = 0  # sequences, of all ranks, over which the rise is spread evenly
 
 
 @dataclass(frozen=True)
@@ -213,6 +237,8 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class ObserveConfig:
     peak_tflops: float | None = None  # of one device, for MFU; None: known devices by name, else no MFU
+    layer_norms: int | None = None  # steps between records of each layer's gradient norm; None: never
+    gradient_noise: bool = False  # record what the gradient noise scale is made of (needs dp > 1)
     tensorboard: bool = False
     ray_metrics: bool = True
 
@@ -254,6 +280,7 @@ class RunConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
+    batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -265,6 +292,20 @@ class RunConfig:
     def microbatches(self) -> int:
         """Micro-batches that one data-parallel rank runs in a step (gradient accumulation)."""
         return self.global_batch_size // (self.micro_batch_size * self.mesh.dp)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Every global batch size that the run goes through, ascending; the last is global_batch_size."""
+        ramp, full = self.batch_ramp, self.global_batch_size
+        return (full,) if ramp.start is None else (*range(ramp.start, full, ramp.increment), full)
+
+    def batch_size_at(self, consumed: int) -> int:
+        """Sequences of the step that begins when `consumed` sequences are done: each level below the full one lasts for an
+        equal number of sequences."""
+        rise = len(self.batch_sizes) - 1
+        if consumed >= self.batch_ramp.samples or rise == 0:
+            return self.global_batch_size
+        return self.batch_sizes[consumed * rise // self.batch_ramp.samples]
 
     @property
     def lr_horizon(self) -> int:
@@ -330,7 +371,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             value = to_mapping(value)
         elif isinstance(value, tuple):
-            value = list(value)
+            value = [to_mapping(inner) if dataclasses.is_dataclass(inner) else inner for inner in value]
         out[item.name] = value
     return out
 
@@ -408,6 +449,11 @@ def _build(cls: Any, raw: Any, prefix: str, found: list[Problem]) -> Any:
             found.append(Problem(f"{prefix}{key}", "unknown key", _nearest(f"{prefix}{key}", names, prefix)))
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], value, f"{prefix}{key}.", found)
+        elif _is_list_of_sections(hints[key]) and isinstance(value, list | tuple):
+            cls_of_item = get_args(hints[key])[0]
+            values[key] = tuple(
+                _build(cls_of_item, item, f"{prefix}{key}[{index}].", found) for index, item in enumerate(value)
+            )
         else:
             try:
                 values[key] = _convert(value, hints[key])
@@ -415,6 +461,10 @@ def _build(cls: Any, raw: Any, prefix: str, found: list[Problem]) -> Any:
                 expected = _type_name(hints[key])
                 found.append(Problem(f"{prefix}{key}", f"{value!r} is not {expected}", f"give {expected}"))
     return cls(**values)
+
+
+def _is_list_of_sections(hint: Any) -> bool:
+    return get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0])
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -465,5 +515,6 @@ def _type_name(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if arm is type(None) else _type_name(arm) for arm in get_args(hint))
     if origin is tuple:
-        return f"a list of which each item is {_type_name(get_args(hint)[0])}"
+        each = "a section" if _is_list_of_sections(hint) else _type_name(get_args(hint)[0])
+        return f"a list of which each item is {each}"
     return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[hint]

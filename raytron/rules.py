@@ -38,11 +38,14 @@ def _typed(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
         return from_mapping(mapping), []
     except ConfigError as error:
         for problem in error.problems:
-            *parents, leaf = problem.where.split(".")
             section = mapping
-            for parent in parents:
-                section = section[parent]
-            section.pop(leaf, None)
+            for part in problem.where.split("."):
+                key = part.partition("[")[0]
+                if part == key and isinstance(section.get(key), dict):
+                    section = section[key]
+                else:
+                    section.pop(key, None)
+                    break
         return from_mapping(mapping), list(error.problems)
 
 
@@ -93,7 +96,11 @@ RANGES: tuple[Range, ...] = (
     *_share("model.dropout model.attention_dropout"),
     *_at_least(1, "mesh.pp mesh.dp mesh.cp mesh.tp mesh.ep pipeline.virtual_stages"),
     *_more_than_zero("data_parallel.bucket_mb"),
-    *_share("optimizer.beta1 optimizer.beta2"),
+    *_share("optimizer.beta1 optimizer.beta2 optimizer.momentum"),
+    Range("optimizer.newton_schulz_steps", 1, 20),
+    *_more_than_zero("precision.loss_scale"),
+    *_at_least(1, "precision.loss_scale_window batch_ramp.start batch_ramp.increment observe.layer_norms"),
+    *_at_least(0, "batch_ramp.samples"),
     *_more_than_zero("optimizer.eps optimizer.clip_norm lr.peak"),
     *_at_least(0, "optimizer.weight_decay lr.final lr.warmup_steps"),
     *_at_least(1, "lr.decay_steps"),
@@ -205,7 +212,6 @@ NOT_YET = {
     "mesh.cp": 1, "mesh.cp_all_to_all": 1, "mesh.ep": 1, "mesh.etp": 1, "mesh.replicate": 1,
     "model.experts.count": 0, "pipeline.layout": None, "determinism": "mesh",
     "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
-    "precision.moments": "fp32", "precision.stochastic_rounding": False, "optimizer.name": "adamw",
     "memory.recompute": "none", "memory.recompute_stages": None, "memory.offload_activations": False,
     "memory.loss_chunks": 1,
 }  # fmt: skip
@@ -214,7 +220,6 @@ NOT_YET_VALUES = {
         "looped-bfs", "interleaved-zb", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe-v", "auto",
     ),
     "data_parallel.zero": (3,),
-    "precision.dtype": ("fp16",),
 }  # fmt: skip
 
 
@@ -291,6 +296,77 @@ def _learning_rate(config: RunConfig) -> Iterator[Problem]:
         yield Problem("lr.final", f"{rate.final:g} is above the peak {rate.peak:g}", f"use at most {rate.peak:g}")
 
 
+def _parameter_groups(config: RunConfig) -> Iterator[Problem]:
+    for index, group in enumerate(config.optimizer.groups):
+        where = f"optimizer.groups[{index}]"
+        if group.lr < 0:
+            yield Problem(f"{where}.lr", f"{group.lr:g} is too small", "use 0 or more")
+        if group.weight_decay is not None and group.weight_decay < 0:
+            yield Problem(f"{where}.weight_decay", f"{group.weight_decay:g} is too small", "use 0 or more, or null")
+        earlier = [other.match for other in config.optimizer.groups[:index]]
+        if group.match in earlier or "*" in earlier:
+            what = f"{group.match!r} comes after {'*' if '*' in earlier else group.match!r}, which matches all of it"
+            yield Problem(f"{where}.match", what, "put it first: the first group that matches a name holds")
+    if any(group.match == "*" and group.freeze for group in config.optimizer.groups[:1]):
+        yield Problem("optimizer.groups[0].freeze", "freezes every parameter", "leave some to train")
+
+
+def _rounding(config: RunConfig) -> Iterator[Problem]:
+    precision = config.precision
+    if precision.stochastic_rounding and "bf16" not in (precision.dtype, precision.moments):
+        what = "nothing is rounded to bf16"
+        yield Problem("precision.stochastic_rounding", what, "use false, or bf16 for precision.dtype or moments")
+
+
+def _batch_ramp(config: RunConfig) -> Iterator[Problem]:
+    ramp, full = config.batch_ramp, config.global_batch_size
+    if ramp.start is None:
+        if ramp.samples:
+            yield Problem("batch_ramp.start", "is null, and batch_ramp.samples is set", "name the first batch size")
+        return
+    if ramp.start >= full:
+        what = f"{ramp.start} sequences are no rise to the global batch of {full}"
+        yield Problem("batch_ramp.start", what, f"use less than {full}, or null")
+        return
+    if (full - ramp.start) % ramp.increment:
+        what = f"steps of {ramp.increment} don't lead from {ramp.start} to {full}"
+        near = _any_of(divisors(full - ramp.start), ramp.increment)
+        yield Problem("batch_ramp.increment", what, f"use {near}")
+        return
+    if ramp.samples < len(config.batch_sizes) - 1:
+        what = f"{ramp.samples} sequences are too few for {len(config.batch_sizes) - 1} batch sizes below {full}"
+        yield Problem("batch_ramp.samples", what, f"use {ramp.start} or more")
+    yield from _ramp_levels(config)
+
+
+def _ramp_levels(config: RunConfig) -> Iterator[Problem]:
+    """Every batch size on the way obeys what the full one obeys; the first that does not is told."""
+    checks = [check for reads, check in RULES if "global_batch_size" in reads.split() and check is not _batch_ramp]
+    for size in config.batch_sizes[:-1]:
+        level = dataclasses.replace(config, global_batch_size=size)
+        found = [problem for check in checks for problem in check(level) if problem.where == "global_batch_size"]
+        if found:
+            where = "batch_ramp.start" if size == config.batch_ramp.start else "batch_ramp.increment"
+            unit = config.micro_batch_size * config.mesh.dp
+            use = f"let start and increment be multiples of {unit} (micro-batch × dp)"
+            yield Problem(where, f"on the way to {config.global_batch_size}: {found[0].what}", use)
+            return
+
+
+def _gradient_noise(config: RunConfig) -> Iterator[Problem]:
+    if not config.observe.gradient_noise:
+        return
+    if config.mesh.dp == 1:
+        what = "the noise is seen between data-parallel ranks, and there is one"
+        yield Problem("observe.gradient_noise", what, "use false, or mesh.dp of 2 or more")
+    if config.data_parallel.zero > 1:
+        what = "with ZeRO 2 and 3 no rank ever holds its own gradient of the whole step"
+        yield Problem("observe.gradient_noise", what, "use false, or data_parallel.zero of 0 or 1")
+    if config.mesh.cp > 1:
+        what = "context-parallel ranks see parts of the same sequences"
+        yield Problem("observe.gradient_noise", what, "use false, or mesh.cp of 1")
+
+
 def _data(config: RunConfig) -> Iterator[Problem]:
     data, vocab = config.data, config.model.vocab
     if data.dataset is not None:
@@ -336,6 +412,13 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
     ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _interleaved_batch),
     ("steps lr.peak lr.final lr.warmup_steps lr.decay_steps lr.decay", _learning_rate),
+    ("optimizer.groups", _parameter_groups),
+    ("precision.dtype precision.moments precision.stochastic_rounding", _rounding),
+    (
+        "global_batch_size micro_batch_size mesh.dp mesh.pp batch_ramp.start batch_ramp.increment batch_ramp.samples",
+        _batch_ramp,
+    ),
+    ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero", _gradient_noise),
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
     ("", _texts),
     ("resume.allow", _resume),

@@ -15,7 +15,7 @@ from raytron.parallel.tensor import TensorParallel
 from raytron.plan.mesh import Coords
 from raytron.plan.plan import Plan
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -1,62 +1,92 @@
-"""AdamW over the shares that a rank owns, with fp32 masters and a global gradient norm.
+"""The optimizer of one rank: its shares, their fp32 masters, who updates which, and the way back to all ranks' parameters.
 
-The arithmetic is torch's own fused AdamW, run on the owned shares (`raytron.parallel.buckets.Owned`). A share's master is
-the parameter itself where it is fp32 and owned whole, else an fp32 copy of the share. After the update the masters are
-published: cast to the parameters' type and gathered over dp.
+    gradient share ─► Optimizer (adamw | muon + adamw | lion | sgd) ─► fp32 master ─► cast ─► gathered over dp ─► parameters
+
+A share's master is the parameter itself where it is fp32 and owned whole, else an fp32 copy of the share. All optimizers
+decouple weight decay from the gradient; it skips norms, biases and embeddings unless `decay_all` or a group says otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from raytron.config import OptimizerConfig
-from raytron.parallel.buckets import GradientBuckets, Owned
+from raytron.config import RunConfig
+from raytron.optim.adamw import AdamW, FusedAdamW
+from raytron.optim.lion import Lion
+from raytron.optim.muon import Muon, is_matrix
+from raytron.optim.optimizer import Elementwise, Optimizer
+from raytron.optim.precision import Rounding
+from raytron.optim.sgd import SGD
+from raytron.optim.share import Share, share_of
+from raytron.parallel.buckets import GradientBuckets
 from raytron.parallel.layout import Slice
 from raytron.parallel.mesh import Mesh
 
-MOMENTS = {"exp_avg": "adam.m.", "exp_avg_sq": "adam.v."}  # torch's name: prefix in a checkpoint
 WEIGHTS = "model."
+ELEMENTWISE: dict[str, type[Elementwise]] = {"lion": Lion, "sgd": SGD}
 
 
-class ShardedAdamW:
-    """The optimizer of one rank. Weight decay is decoupled and skips norms, biases and embeddings unless `decay_all`."""
+class ShardedOptimizer:
+    """Everything that one rank updates. All ranks of a mesh make it, and step, together."""
 
-    def __init__(self, buckets: GradientBuckets, mesh: Mesh, config: OptimizerConfig):
+    def __init__(self, buckets: GradientBuckets, mesh: Mesh, config: RunConfig):
         self.buckets, self.mesh, self.config = buckets, mesh, config
-        self.masters = [_master(owned) for owned in buckets.owned]
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
-        for owned, master in zip(buckets.owned, self.masters, strict=True):
-            (decayed if owned.param.decay or config.decay_all else plain).append(master)
-        groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
-            if group
-        ]
-        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        self.rounding = Rounding(config.precision, config.seed)
+        self.shares = [share_of(owned, mesh, config.optimizer) for owned in buckets.owned]
+        self.trained = [share for share in self.shares if not share.frozen]
+        self.optimizers = self._optimizers()
+        self.updates = 0  # that were done, skipped steps not counted
 
-    def squared_norm(self) -> Tensor:
-        """This rank's part of the squared global gradient norm, float64 scalar: summed over the world it counts every
-        parameter once."""
-        shares = [owned.gradient for owned in self.buckets.owned if owned.counted and owned.gradient.numel()]
+    def _optimizers(self) -> list[Optimizer]:
+        config = self.config
+        if config.optimizer.name == "muon":
+            matrices = [share for share in self.trained if is_matrix(share)]
+            return [*self._muon(matrices), *self._adamw([share for share in self.trained if not is_matrix(share)])]
+        if config.optimizer.name == "adamw":
+            return self._adamw(self.trained)
+        kind = ELEMENTWISE[config.optimizer.name]
+        return [kind(self.trained, config.optimizer, config.precision, self.rounding)]
+
+    def _adamw(self, shares: Sequence[Share]) -> list[Optimizer]:
+        config = self.config
         if not shares:
-            return torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        return torch.stack(torch._foreach_norm(shares)).double().square().sum()
+            return []
+        if config.precision.moments == "fp32":
+            return [FusedAdamW(shares, config.optimizer)]
+        return [AdamW(shares, config.optimizer, config.precision, self.rounding)]
+
+    def _muon(self, shares: Sequence[Share]) -> list[Optimizer]:
+        """One over the matrices of dense layers and one over those of experts, which other ranks share."""
+        config = self.config
+        kinds = {False: self.mesh.axis("shard", "cp", "tp")}
+        if config.model.experts.count:
+            kinds[True] = self.mesh.axis("eshard", "etp")
+        return [
+            Muon(found, config.optimizer, config.precision, self.rounding, self.mesh, group)
+            for expert, group in kinds.items()
+            if (found := [share for share in shares if share.owned.param.cut.expert == expert])
+        ]
+
+    def squared_norms(self) -> tuple[list[str], Tensor]:
+        """Names of parameters, and this rank's parts (n,) of their gradients' squared norms, float64: summed over the world
+        they count every parameter once. Frozen ones have no part."""
+        counted = [share for share in self.trained if share.owned.counted and share.gradient.numel()]
+        if not counted:
+            return [], torch.zeros(0, dtype=torch.float64, device=self.mesh.device)
+        norms = torch.stack(torch._foreach_norm([share.gradient for share in counted]))
+        return [share.name for share in counted], norms.double().square()
 
     @torch.no_grad()
     def step(self, lr: float, scale: float) -> None:
         """One update with gradients multiplied by `scale`; afterwards all ranks hold the new parameters."""
-        gradients = [owned.gradient for owned in self.buckets.owned]
-        if scale != 1.0:
-            torch._foreach_mul_(gradients, scale)
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.grad = gradient
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        for master in self.masters:
-            master.grad = None
+        if scale != 1.0 and self.trained:
+            torch._foreach_mul_([share.gradient for share in self.trained], scale)
+        self.updates += 1
+        for optimizer in self.optimizers:
+            optimizer.step(lr, self.updates)
         self.publish()
 
     @torch.no_grad()
@@ -64,46 +94,31 @@ class ShardedAdamW:
         """Writes the masters into the parameters of every rank."""
         first = 0
         for bucket in self.buckets.buckets:
-            bucket.publish(self.masters[first : first + len(bucket.params)])
+            shares = self.shares[first : first + len(bucket.params)]
+            bucket.publish([self._published(share) for share in shares])
             first += len(bucket.params)
 
+    def _published(self, share: Share) -> Tensor:
+        """The master in the parameter's type; fp32 where to cast it is to take the nearest value."""
+        if not self.rounding.stochastic:
+            return share.master
+        return self.rounding.cast(share.master, share.owned.param.dtype, share, WEIGHTS, self.updates)
+
     def state(self) -> dict[str, Slice]:
-        """Masters and moments as slices of global tensors. Reading into them changes the optimizer; call `publish` (and
-        `loaded` with the number of updates) afterwards."""
-        out: dict[str, Slice] = {}
-        for owned, master in zip(self.buckets.owned, self.masters, strict=True):
-            out[WEIGHTS + owned.param.full_name] = owned.slice(master.detach(), self.mesh)
-            state = self._moments(master)
-            for moment, prefix in MOMENTS.items():
-                out[prefix + owned.param.full_name] = owned.slice(state[moment], self.mesh)
+        """Masters and moments as slices of global tensors. Reading into them changes the optimizer; call `loaded` with the
+        number of updates afterwards."""
+        out = {WEIGHTS + share.name: share.owned.slice(share.master.detach(), self.mesh) for share in self.shares}
+        for optimizer in self.optimizers:
+            for prefix, share, tensor in optimizer.state():
+                out[prefix + share.name] = share.owned.slice(tensor, self.mesh)
         return out
 
     def loaded(self, updates: int) -> None:
-        """After reading into `state`: `updates` is how many the moments have seen (for their bias correction)."""
-        for master in self.masters:
-            self._moments(master)["step"].fill_(float(updates))
+        """After reading into `state`: `updates` is how many the state has seen."""
+        self.updates = updates
+        for optimizer in self.optimizers:
+            optimizer.loaded(updates)
         self.publish()
-
-    @property
-    def updates(self) -> int:
-        """How many updates the moments have seen."""
-        return int(self._moments(self.masters[0])["step"].item())
-
-    def _moments(self, master: Tensor) -> dict[str, Tensor]:
-        """torch's state of one master, made here where no update has been done yet."""
-        state: dict[str, Tensor] = self.adamw.state[master]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            state["exp_avg"] = torch.zeros_like(master, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(master, memory_format=torch.preserve_format)
-        return state
-
-
-def _master(owned: Owned) -> Tensor:
-    share = owned.view(owned.param.detach())
-    if owned.param.dtype == torch.float32 and owned.length == owned.param.shape[owned.dim]:
-        return share
-    return share.to(torch.float32, copy=True).contiguous()
 
 
 def clip_scale(norm: float, limit: float | None) -> float:

@@ -12,7 +12,7 @@ The linear layers of `raytron.parallel.tensor` do their own communication, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,16 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     return start_reduce_scatter(x, group)()
+
+
+def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
+    """All-to-all of pieces of any sizes, side by side in rank order: `sent[r]` elements of x (n,) go to rank r of the group,
+    and `received[r]` come from it."""
+    if group.size == 1:
+        return x
+    out = x.new_empty(sum(received))
+    dist.all_to_all_single(out, x, list(received), list(sent), group=group.process_group)
+    return out
 
 
 def _after(work: Any, out: Tensor) -> Wait:

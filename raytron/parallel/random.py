@@ -6,12 +6,14 @@ and Flood, OOPSLA 2014), in wrapping 64-bit integer arithmetic, equal on every d
 
     initial values    key = (seed, parameter name)                        index = global element number
     dropout           key = (seed, layer, site), sample id, position      index = channel
+    rounding          key = (seed, tensor, update)                        index = global element number
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ def _shift(x: Tensor, count: int) -> Tensor:
 
 def uniform(key: int | Tensor, index: Tensor) -> Tensor:
     """float32 in (0, 1), of which 23 bits are random; key and index broadcast."""
-    return to_unit(mix(index * _GOLDEN + key))
+    return to_unit(random_bits(key, index))
 
 
 def to_unit(bits: Tensor) -> Tensor:
@@ -65,16 +67,26 @@ def fill_normal(local: Tensor, layout: Layout, place: Place, key: int, std: floa
     """Fills a rank's local tensor with its slice of the global normal tensor; padding becomes zero."""
     local.zero_()
     part = layout.slice(local, place)
-    strides = torch.empty(part.shape, device="meta").stride()
     rows = max(1, _BLOCK // max(1, part.tensor[:1].numel()))
     for first in range(0, part.tensor.shape[0], rows):
         block = part.tensor[first : first + rows]
-        index = torch.zeros((1,) * block.dim(), dtype=torch.int64, device=local.device)
-        for dim, (size, offset, stride) in enumerate(zip(block.shape, part.offsets, strides, strict=True)):
-            start = offset + (first if dim == 0 else 0)
-            steps = torch.arange(start, start + size, dtype=torch.int64, device=local.device) * stride
-            index = index + steps.view([-1 if d == dim else 1 for d in range(block.dim())])
-        block.copy_(normal(key, index).mul_(std))
+        offsets = (part.offsets[0] + first, *part.offsets[1:])
+        block.copy_(normal(key, element_numbers(part.shape, offsets, block.shape, local.device)).mul_(std))
+
+
+def element_numbers(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """int64 of `sizes`: the number that each element of a rectangle has in a contiguous global tensor of some shape."""
+    strides = torch.empty(tuple(shape), device="meta").stride()
+    index = torch.zeros((1,) * len(sizes), dtype=torch.int64, device=device)
+    for dim, (size, offset, stride) in enumerate(zip(sizes, offsets, strides, strict=True)):
+        steps = torch.arange(offset, offset + size, dtype=torch.int64, device=device) * stride
+        index = index + steps.view([-1 if d == dim else 1 for d in range(len(sizes))])
+    return index
+
+
+def random_bits(key: int | Tensor, index: Tensor) -> Tensor:
+    """64 random bits as int64; key and index broadcast."""
+    return mix(index * _GOLDEN + key)
 
 
 def keep_mask(probability: float, key: int, rows: Tensor, channels: Tensor) -> Tensor:

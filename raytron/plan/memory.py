@@ -3,9 +3,10 @@
 Exact, for N parameters on a rank (its share over tp and its stages; vocab rows padded to a multiple of tp, KV heads
 repeated where tp is larger, a tied table held by the first and the last stage) and D data-parallel ranks:
 
-    weights      N · (2 bf16 | 4 fp32)
+    weights      N · (2 bf16, fp16 | 4 fp32)
     gradients    fp32 sums: ZeRO 0: 4N     1: 4N + 4N/D where D > 1     2: 4N/D + one bucket where D > 1
-    optimizer    two fp32 moments, 8N/D (ZeRO 0: 8N), and an fp32 master, 4N/D, unless the weights are fp32 and whole
+    optimizer    two fp32 moments, 8N/D (ZeRO 0: 8N), and an fp32 master, 4N/D, unless the weights are fp32 and whole;
+                 moments in bf16 take half; Lion and SGD keep one moment, and Muon one of each hidden matrix
 
 Shares over D are rounded up for each parameter in the run; here they are not. Estimated, for the activations that the
 backward of one layer needs, in elements, with T tokens in a micro-batch, s = T/tp under sequence parallelism (else T), and
@@ -30,7 +31,8 @@ from raytron.plan.schedule import Op, Schedule
 from raytron.plan.simulate import peak
 from raytron.plan.split import Range
 
-ITEM_BYTES = {"fp32": 4, "bf16": 2}
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+MOMENTS = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1}  # of each element; muon: one of a hidden matrix's
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,14 @@ def _rank(config: RunConfig, stages: Sequence[Range], schedule: Schedule, rank: 
         logits = _tokens(config) * padded_vocab_share(config.model.vocab, config.mesh.tp)
         row = tuple(action for action in schedule.rows[rank] if action.stage == last)
         loss = logits * (4 * peak(row) + item)
-    gradients, optimizer = _state(config, elements)
+    layers = sum(end - begin for begin, end in (stages[stage] for stage in own))
+    gradients, optimizer = _state(config, elements, layers * local_layer_matrices(config.model, config.mesh.tp))
     activations = peak(schedule.rows[rank], Op.W, held)
     return RankMemory(elements, elements * item, gradients, optimizer, round(activations), round(loss))
 
 
-def _state(config: RunConfig, elements: int) -> tuple[int, int]:
-    """Bytes of gradients and optimizer state for some parameters."""
+def _state(config: RunConfig, elements: int, matrices: int) -> tuple[int, int]:
+    """Bytes of gradients and optimizer state for some parameters, of which `matrices` are hidden matrices'."""
     zero, dp = config.data_parallel.zero, config.mesh.dp
     sharded = zero > 0 and dp > 1
     share = -(-elements // dp) if sharded else elements
@@ -93,7 +96,10 @@ def _state(config: RunConfig, elements: int) -> tuple[int, int]:
     elif sharded:
         gradients = 4 * share + min(4 * elements, round(config.data_parallel.bucket_mb * 2**20))
     master = sharded or config.precision.dtype != "fp32"
-    return gradients, share * (12 if master else 8)
+    moments = MOMENTS[config.optimizer.name] * share
+    if config.optimizer.name == "muon":
+        moments -= -(-matrices // dp) if sharded else matrices
+    return gradients, share * (4 if master else 0) + moments * ITEM_BYTES[config.precision.moments]
 
 
 def padded_vocab_share(vocab: int, tp: int) -> int:
@@ -109,10 +115,8 @@ def local_kv_heads(model: ModelConfig, tp: int) -> int:
 def local_layer_parameters(model: ModelConfig, tp: int) -> int:
     """Parameters of one layer on one tp rank."""
     width = model.dim_per_head
-    rows = (model.heads // tp + 2 * local_kv_heads(model, tp)) * width  # of q, k and v
-    mixed, ffn = model.heads // tp * width, model.ffn // tp
-    wide = 2 * ffn if model.gated else ffn
-    count = model.hidden * (rows + mixed + wide + ffn) + 2 * norm_parameters(model)
+    rows, wide = _projected_rows(model, tp), _wide(model, tp)
+    count = local_layer_matrices(model, tp) + 2 * norm_parameters(model)
     if model.qkv_bias:
         count += rows
     if model.bias:
@@ -120,6 +124,22 @@ def local_layer_parameters(model: ModelConfig, tp: int) -> int:
     if model.qk_norm:
         count += 2 * width
     return count
+
+
+def local_layer_matrices(model: ModelConfig, tp: int) -> int:
+    """Parameters of the matrices of one layer on one tp rank."""
+    mixed, ffn = model.heads // tp * model.dim_per_head, model.ffn // tp
+    return model.hidden * (_projected_rows(model, tp) + mixed + _wide(model, tp) + ffn)
+
+
+def _projected_rows(model: ModelConfig, tp: int) -> int:
+    """Of q, k and v."""
+    return (model.heads // tp + 2 * local_kv_heads(model, tp)) * model.dim_per_head
+
+
+def _wide(model: ModelConfig, tp: int) -> int:
+    """Of the feed-forward layer's first half."""
+    return model.ffn // tp * (2 if model.gated else 1)
 
 
 def stage_parameters(config: RunConfig, stages: Sequence[Range], stage: int) -> int:

@@ -7,6 +7,7 @@ another plan.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -40,6 +41,15 @@ class Plan:
     memory: Memory
     timeline: Timeline
     cluster: ClusterShape | None = None
+
+    def schedule_for(self, sequences: int) -> Schedule:
+        """The schedule of a step with a global batch of some size: on the way up a batch ramp there are fewer
+        micro-batches."""
+        config = self.config
+        if sequences == config.global_batch_size:
+            return self.schedule
+        microbatches = sequences // (config.micro_batch_size * config.mesh.dp)
+        return _generated(config.pipeline.schedule, config.mesh.pp, config.pipeline.virtual_stages, microbatches)
 
     @property
     def tokens_per_step(self) -> int:
@@ -92,6 +102,13 @@ def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
         timeline=simulate(schedule, stage_cost(config, stages)),
         cluster=cluster,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _generated(name: str, pp: int, chunks: int, microbatches: int) -> Schedule:
+    schedule = generate(name, pp, chunks, microbatches)
+    simulate(schedule)
+    return schedule
 
 
 def layer_costs(config: RunConfig) -> list[float]:
@@ -150,9 +167,17 @@ def _head(plan: Plan) -> str:
         f"mesh      {mesh}: {draw.plural(mesh.world, 'worker')}{where}",
         f"state     ZeRO {config.data_parallel.zero}{along}, {config.precision.dtype}",
         f"batch     {config.global_batch_size} sequences of {config.sequence_length} tokens = "
-        f"{draw.plural(mesh.dp, 'replica')} × {config.microbatches} micro-batches × {config.micro_batch_size}",
+        f"{draw.plural(mesh.dp, 'replica')} × {config.microbatches} micro-batches × {config.micro_batch_size}{_ramp(plan)}",
     ]
     return "\n".join(lines)
+
+
+def _ramp(plan: Plan) -> str:
+    """How the batch gets there, where it does not begin at its full size."""
+    config = plan.config
+    if config.batch_ramp.start is None:
+        return ""
+    return f", from {config.batch_ramp.start} over the first {config.batch_ramp.samples:,} sequences"
 
 
 def _pipeline(plan: Plan) -> str:

@@ -20,6 +20,7 @@ from raytron.model.mlp import ACTIVATIONS
 from raytron.optim.lr import learning_rate
 from raytron.parallel.layout import Layout
 from raytron.parallel.random import fill_normal, keep_mask, key_of, token_rows
+from raytron.testing.optimizers import PlainOptimizer
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]:
@@ -73,19 +74,7 @@ class Twin:
             if std > 0:
                 fill_normal(value, Layout(shape), {}, key_of(config.seed, "init", name), std)
             self.weights[name] = value.requires_grad_()
-        decayed = [w for n, w in self.weights.items() if self._decays(n)]
-        plain = [w for n, w in self.weights.items() if not self._decays(n)]
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-        )
-
-    def _decays(self, name: str) -> bool:
-        norm = name.endswith("norm.weight")
-        table = name in ("embed.weight", "position.weight")
-        return self.config.optimizer.decay_all or not (name.endswith(".bias") or norm or table)
+        self.optimizer = PlainOptimizer(config, self.weights)
 
     def logits(self, tokens: Tensor, samples: Tensor | None = None, training: bool = False) -> Tensor:
         """tokens (B,S) -> (B,S,V)."""
@@ -124,11 +113,10 @@ class Twin:
         losses = []
         for step, batch in enumerate(batches, first):
             loss, _ = self.gradients(batch)
+            trained = [weight for name, weight in self.weights.items() if not self.optimizer.frozen(name)]
             if self.config.optimizer.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.config.optimizer.clip_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config.lr, self.config.lr_horizon, step)
-            self.optimizer.step()
+                torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_norm)
+            self.optimizer.step(learning_rate(self.config.lr, self.config.lr_horizon, step))
             losses.append(loss)
         return losses
 

@@ -2,8 +2,10 @@
 
 The loss of a step is Σ weight · cross-entropy / Σ weight over all tokens of the global batch, wherever they are computed.
 While the backward runs the denominator is not known yet (ranks see their own tokens only), so losses are divided by the
-nominal number of tokens, and the gradient is mended by nominal / real, a factor that joins the clipping factor. One
-all-reduce at the end of the step carries all scalars: loss, tokens, squared gradient norm, and the requests of the driver.
+nominal number of tokens, and the gradient is mended by nominal / real, a factor that joins the clipping factor; in fp16
+losses are also multiplied by the loss scale, and the gradient is divided by it in the same factor. One all-reduce at the
+end of the step carries all scalars: loss, tokens, squared gradient norms, and the requests of the driver. So a gradient
+that is not finite on one rank is seen by all, and all skip the update.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ import torch
 from torch import Tensor
 
 from raytron.data.batch import Batch
+from raytron.errors import ConfigError
 from raytron.model.assemble import Assembly, assemble
 from raytron.model.stage import Stage
-from raytron.optim.sharded import ShardedAdamW, clip_scale
+from raytron.optim.names import layer_of, names_of_all
+from raytron.optim.precision import LossScale
+from raytron.optim.sharded import ShardedOptimizer, clip_scale
+from raytron.optim.share import unmatched
 from raytron.parallel.buckets import GradientBuckets
 from raytron.parallel.collectives import all_reduce
 from raytron.parallel.mesh import Mesh
@@ -35,6 +41,7 @@ class StepResult(NamedTuple):
     tokens: int  # that counted in the loss
     skipped: bool  # the gradient was not finite, nothing was updated
     request: int  # the union of what the ranks were asked for
+    layer_norms: dict[str, float]  # gradient norm of each layer, where asked for: "layers.3", "embed", ...
 
 
 class MicroBatch(NamedTuple):
@@ -77,34 +84,72 @@ class Engine:
             tied=self.model.tied,
             uses=self.model.uses,
         )
-        self.optimizer = ShardedAdamW(self.buckets, mesh, plan.config.optimizer)
+        self.layers = self._layers()
+        self.optimizer = ShardedOptimizer(self.buckets, mesh, plan.config)
+        self.loss_scale = LossScale(plan.config.precision)
         self._bound = {number: _Bound(stage) for number, stage in self.model.stages.items()}
         self.pipeline = Pipeline(self._bound, plan.schedule, mesh, self.model.parallel.deferred, watch)
         self._speaks = mesh.tp.index == 0  # one voice for each loss: tp ranks compute equal ones
 
-    def forward_backward(self, batch: Batch) -> tuple[float, int]:
+    def _layers(self) -> list[str]:
+        """The layers of the whole model, where names are needed on all ranks: for their norms or for parameter groups.
+
+        Raises ConfigError where a group matches no parameter.
+        """
+        config = self.plan.config
+        if config.observe.layer_norms is None and not config.optimizer.groups:
+            return []
+        names = names_of_all([param.full_name for param in self.model.params], self.mesh.control)
+        problems = unmatched(config.optimizer.groups, names)
+        if problems:
+            raise ConfigError(problems)
+        return list(dict.fromkeys(map(layer_of, names)))
+
+    def forward_backward(self, batch: Batch, sequences: int | None = None) -> tuple[float, int]:
         """Runs the schedule over this dp rank's share of the step; owned gradients are then those of
-        Σ weight · loss / nominal tokens over all ranks. Returns this rank's sums of loss and of tokens, zero where it is
-        not the one that computes them."""
+        loss scale · Σ weight · loss / nominal tokens over all ranks. Returns this rank's sums of loss and of tokens, zero
+        where it is not the one that computes them.
+
+        sequences: of the step over all ranks; None: global_batch_size.
+        """
+        sequences = sequences or self.plan.config.global_batch_size
         batches = self._bind(batch, training=True)
         self.buckets.begin(len(batches))
-        losses = self.pipeline.run(self._shape(batch), self.model.dtype, 1 / self._nominal)
+        scale = self.loss_scale.value / self._nominal(sequences)
+        schedule = self.plan.schedule_for(sequences)
+        losses = self.pipeline.run(self._shape(batch), self.model.dtype, scale, schedule=schedule)
         self.buckets.finish()
         return self._sums(losses, batch)
 
-    def step(self, batch: Batch, lr: float, request: int = 0) -> StepResult:
+    def step(
+        self, batch: Batch, lr: float, request: int = 0, *, sequences: int | None = None, layer_norms: bool = False
+    ) -> StepResult:
         """forward_backward and an update with rate `lr`; a non-finite gradient skips the update."""
-        loss, tokens = self.forward_backward(batch)
+        loss, tokens = self.forward_backward(batch, sequences)
         bits = [float(request >> bit & 1) for bit in range(REQUEST_BITS)]
-        norm = self.optimizer.squared_norm().item()
-        loss, real, squared, *asked = self._over_world([loss, tokens, norm, *bits])
-        mend = self._nominal / max(real, 1.0)
-        grad_norm = math.sqrt(squared) * mend
+        norms = self._squared_norms(layer_norms)
+        summed = self._over_world([loss, tokens, *bits, *norms.values()])
+        loss, real, asked = summed[0], summed[1], summed[2 : 2 + REQUEST_BITS]
+        squared = dict(zip(norms, summed[2 + REQUEST_BITS :], strict=True))
+        mend = self._nominal(sequences or self.plan.config.global_batch_size) / max(real, 1.0) / self.loss_scale.value
+        grad_norm = math.sqrt(sum(squared.values())) * mend
         skipped = not math.isfinite(grad_norm)
         if not skipped:
             self.optimizer.step(lr, mend * clip_scale(grad_norm, self.plan.config.optimizer.clip_norm))
+        self.loss_scale.update(finite=not skipped)
         union = sum(1 << bit for bit, count in enumerate(asked) if count > 0)
-        return StepResult(loss / max(real, 1.0), grad_norm, int(real), skipped, union)
+        by_layer = {layer: math.sqrt(value) * mend for layer, value in squared.items() if layer}
+        return StepResult(loss / max(real, 1.0), grad_norm, int(real), skipped, union, by_layer)
+
+    def _squared_norms(self, by_layer: bool) -> dict[str, float]:
+        """This rank's part of the squared gradient norm, under "" or by layer; the same keys on all ranks."""
+        names, values = self.optimizer.squared_norms()
+        if not by_layer:
+            return {"": values.sum().item()}
+        out = dict.fromkeys(self.layers, 0.0)
+        for name, value in zip(names, values.tolist(), strict=True):
+            out[layer_of(name)] += value
+        return out
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """(Σ weight · loss, Σ weight) over this dp rank's share and all others', equal on all ranks; no dropout.
@@ -116,9 +161,8 @@ class Engine:
         loss, tokens = self._over_world([*self._sums(losses, batch)])
         return loss, int(tokens)
 
-    @property
-    def _nominal(self) -> int:
-        return self.plan.config.global_batch_size * self.plan.config.sequence_length
+    def _nominal(self, sequences: int) -> int:
+        return sequences * self.plan.config.sequence_length
 
     def _bind(self, batch: Batch, training: bool) -> list[MicroBatch]:
         """Cuts a share of sequences into micro-batches and hands them to the stages."""

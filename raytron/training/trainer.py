@@ -42,6 +42,7 @@ class Trainer:
         self.engine = Engine(plan, mesh, watch)
         self.step = 0  # committed steps
         self.consumed = 0  # samples of committed steps
+        self.skipped_steps = 0  # committed steps that changed nothing: their gradient was not finite
 
     def train_step(self, request: int = 0) -> Record:
         """One step; the record that goes to metrics.jsonl, equal on all ranks but for times.
@@ -50,11 +51,16 @@ class Trainer:
         """
         start = time.perf_counter()
         config = self.plan.config
-        batch = self.stream.batch(self.consumed, config.global_batch_size, self.mesh.coords.dp, self.mesh.shape.dp)
+        sequences = config.batch_size_at(self.consumed)
+        batch = self.stream.batch(self.consumed, sequences, self.mesh.coords.dp, self.mesh.shape.dp)
         lr = learning_rate(config.lr, config.lr_horizon, self.step)
-        result = self.engine.step(batch, lr, request)
-        self.consumed += config.global_batch_size
+        every, scale = config.observe.layer_norms, self.engine.loss_scale
+        wanted = every is not None and (self.step + 1) % every == 0
+        used_scale = scale.value
+        result = self.engine.step(batch, lr, request, sequences=sequences, layer_norms=wanted)
+        self.consumed += sequences
         self.step += 1
+        self.skipped_steps += result.skipped
         seconds = time.perf_counter() - start
         record: Record = {
             "step": self.step,
@@ -66,9 +72,15 @@ class Trainer:
             "tokens_per_s": result.tokens / seconds,
             "request": result.request,
         }
+        if config.batch_ramp.start is not None:
+            record["sequences"] = sequences
+        if scale.dynamic:
+            record["loss_scale"] = used_scale
+        if self.skipped_steps:
+            record["skipped_steps"] = self.skipped_steps
         if result.skipped:
             record["skipped"] = True
-        return record
+        return record | {f"grad_norm/{layer}": norm for layer, norm in result.layer_norms.items()}
 
     def evaluate(self) -> Record:
         """Mean loss in nats over the fixed validation batches; needs a validation stream."""
@@ -91,6 +103,8 @@ class Trainer:
             "step": self.step,
             "consumed": self.consumed,
             "updates": self.engine.optimizer.updates,
+            "skipped_steps": self.skipped_steps,
+            "loss_scale": self.engine.loss_scale.facts(),
             "lr": learning_rate(self.plan.config.lr, self.plan.config.lr_horizon, self.step),
             "seed": self.plan.config.seed,
             "data": self.data_digest,
@@ -107,4 +121,6 @@ class Trainer:
         facts = read_facts(generation)
         load_slices(generation, self.state(), self.mesh.control)
         self.engine.optimizer.loaded(int(facts["updates"]))
+        self.engine.loss_scale.restore(facts.get("loss_scale", {}))
         self.step, self.consumed = int(facts["step"]), int(facts["consumed"])
+        self.skipped_steps = int(facts.get("skipped_steps", 0))

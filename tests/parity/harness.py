@@ -75,7 +75,8 @@ def run_twin(config: RunConfig, steps: int) -> Outcome:
     """The same on one device; `config` without its mesh, so that meshes share it."""
     twin = Twin(config)
     _, gradients = twin.gradients(batch_of(config))
-    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+    trained = [gradient for name, gradient in gradients.items() if not twin.optimizer.frozen(name)]
+    norm = torch.cat([gradient.flatten() for gradient in trained]).norm().item()
     losses = twin.train(batch_of(config, step) for step in range(steps))
     return Outcome(gradients, norm, losses, {name: weight.detach() for name, weight in twin.weights.items()})
 

@@ -1,0 +1,83 @@
+"""What an optimizer works on: the owned share of each parameter, its fp32 master, and the factors that its name gives it.
+
+`optimizer.groups` is a list; of its entries the first whose glob matches a parameter's full name holds for it:
+
+    groups:
+      - {match: "embed.*", lr: 0.5}                    half the learning rate
+      - {match: "layers.[01].*", freeze: true}         no update, and no part in the gradient norm
+      - {match: "*.norm.weight", weight_decay: 0.01}   decay where there would be none
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from raytron.config import OptimizerConfig, ParameterGroup
+from raytron.errors import Problem
+from raytron.parallel.buckets import Owned
+from raytron.parallel.mesh import Mesh
+
+
+@dataclass(eq=False)
+class Share:
+    """One owned share on its way through an optimizer; all tensors have the share's shape."""
+
+    owned: Owned
+    master: Tensor  # fp32
+    lr: float  # factor on the learning rate
+    decay: float  # weight decay, decoupled
+    frozen: bool
+    offsets: tuple[int, ...]  # of the share in the global parameter
+
+    @property
+    def name(self) -> str:
+        return self.owned.param.full_name
+
+    @property
+    def gradient(self) -> Tensor:
+        return self.owned.gradient
+
+
+def share_of(owned: Owned, mesh: Mesh, config: OptimizerConfig) -> Share:
+    """A share with the factors of its parameter's group."""
+    group = group_of(owned.param.full_name, config.groups)
+    decay = config.weight_decay if owned.param.decay or config.decay_all else 0.0
+    if group.weight_decay is not None:
+        decay = group.weight_decay
+    master = _master(owned)
+    return Share(owned, master, group.lr, decay, group.freeze, owned.slice(master, mesh).offsets)
+
+
+def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
+    """The first group that matches a full name, or one that changes nothing."""
+    return next((group for group in groups if fnmatchcase(name, group.match)), ParameterGroup())
+
+
+def unmatched(groups: Sequence[ParameterGroup], names: Sequence[str]) -> list[Problem]:
+    """A problem for each group whose glob matches none of the model's parameters, with names like it."""
+    return [
+        Problem(f"optimizer.groups[{index}].match", f"{group.match!r} matches no parameter", _like(group.match, names))
+        for index, group in enumerate(groups)
+        if not any(fnmatchcase(name, group.match) for name in names)
+    ]
+
+
+def _like(pattern: str, names: Sequence[str]) -> str:
+    wanted = re.sub(r"[*?\[\]!]", "", pattern)
+    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or list(names[:3])
+    return f"use a glob that matches a name such as {', '.join(close)}"
+
+
+def _master(owned: Owned) -> Tensor:
+    """The parameter itself where it is fp32 and owned whole, else an fp32 copy of the share."""
+    share = owned.view(owned.param.detach())
+    if owned.param.dtype == torch.float32 and owned.length == owned.param.shape[owned.dim]:
+        return share
+    return share.to(torch.float32, copy=True).contiguous()
