@@ -211,7 +211,7 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
 NOT_YET = {
     "mesh.cp": 1, "mesh.cp_all_to_all": 1, "mesh.ep": 1, "mesh.etp": 1, "mesh.replicate": 1,
     "model.experts.count": 0, "pipeline.layout": None, "determinism": "mesh",
-    "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
+    "observe.gradient_noise": False, "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
     "memory.recompute": "none", "memory.recompute_stages": None, "memory.offload_activations": False,
     "memory.loss_chunks": 1,
 }  # fmt: skip

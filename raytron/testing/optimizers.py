@@ -87,7 +87,7 @@ class PlainOptimizer:
 
     def _orthogonal(self, g: Tensor) -> Tensor:
         """Newton-Schulz for one matrix."""
-        x = g.t() if g.shape[0] > g.shape[1] else g
+        x: Tensor = g.t() if g.shape[0] > g.shape[1] else g
         x = x / max(1e-7, x.norm().item())
         for _ in range(self.config.newton_schulz_steps):
             a = x @ x.t()
