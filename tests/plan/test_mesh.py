@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytron.config import MeshConfig
@@ -47,6 +47,7 @@ def test_outside_and_empty_are_refused():
             call()
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_experts_fold_the_plane_on_a_grid_of_their_own(data):
     replicate, shard, cp, tp = (data.draw(st.integers(1, 3)) for _ in range(4))
