@@ -31,6 +31,7 @@ ScheduleName = Literal[
 ]  # fmt: skip
 OptimizerName = Literal["adamw", "muon", "lion", "sgd"]
 RecomputeName = Literal["none", "selective", "full"]
+RecomputePart = Literal["attention", "norm", "activation", "dropout"]
 DecayName = Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 
@@ -147,10 +148,12 @@ class PrecisionConfig:
 class MemoryConfig:
     """Work done twice, or bytes moved to the host, for less device memory."""
 
-    recompute: RecomputeName = "none"  # selective: attention core, norms, activations; full: whole blocks
-    recompute_every: int = 1  # full: of every n blocks in a stage, one is recomputed
+    recompute: RecomputeName = "none"  # selective: the parts named next; full: whole blocks
+    recompute_parts: tuple[RecomputePart, ...] = ("attention", "norm", "activation", "dropout")  # of each block
+    recompute_every: int = 1  # of every n blocks in a stage, the first is recomputed
     recompute_stages: tuple[int, ...] | None = None  # the stages that it holds for; None: all
     offload_activations: bool = False  # what a block keeps for its backward waits in (pinned) host memory
+    offload_min_mb: float = 1.0  # MiB of a tensor that is worth moving
     loss_chunks: int = 1  # logits and loss are computed in this many pieces along the sequence
 
 

@@ -12,9 +12,9 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from raytron.config import RunConfig, divisors, flatten, from_mapping, to_mapping
+from raytron.config import RecomputePart, RunConfig, divisors, flatten, from_mapping, to_mapping
 from raytron.errors import ConfigError, Problem
 
 
@@ -101,6 +101,8 @@ RANGES: tuple[Range, ...] = (
     *_more_than_zero("precision.loss_scale"),
     *_at_least(1, "precision.loss_scale_window batch_ramp.start batch_ramp.increment observe.layer_norms"),
     *_at_least(0, "batch_ramp.samples"),
+    *_at_least(1, "memory.recompute_every memory.loss_chunks"),
+    *_at_least(0, "memory.offload_min_mb"),
     *_more_than_zero("optimizer.eps optimizer.clip_norm lr.peak"),
     *_at_least(0, "optimizer.weight_decay lr.final lr.warmup_steps"),
     *_at_least(1, "lr.decay_steps"),
@@ -212,8 +214,6 @@ NOT_YET = {
     "mesh.cp": 1, "mesh.cp_all_to_all": 1, "mesh.ep": 1, "mesh.etp": 1, "mesh.replicate": 1,
     "model.experts.count": 0, "pipeline.layout": None, "determinism": "mesh",
     "observe.gradient_noise": False, "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
-    "memory.recompute": "none", "memory.recompute_stages": None, "memory.offload_activations": False,
-    "memory.loss_chunks": 1,
 }  # fmt: skip
 NOT_YET_VALUES = {
     "pipeline.schedule": (
@@ -282,6 +282,32 @@ def _interleaved_batch(config: RunConfig) -> Iterator[Problem]:
             f"interleaved passes micro-batches in groups of {pp} (pp), and {config.microbatches} are no multiple of it"
         )
         yield Problem("global_batch_size", what, f"use {_around(batch, unit * pp)}, or another schedule")
+
+
+def _recompute(config: RunConfig) -> Iterator[Problem]:
+    memory, stages = config.memory, config.mesh.pp * config.pipeline.virtual_stages
+    if memory.recompute == "none":
+        for key, value, neutral in (("every", memory.recompute_every, 1), ("stages", memory.recompute_stages, None)):
+            if value != neutral:
+                remedy = (
+                    f"set memory.recompute to selective or full, or this to {'null' if neutral is None else neutral}"
+                )
+                yield Problem(f"memory.recompute_{key}", "nothing is recomputed (memory.recompute is none)", remedy)
+    if memory.recompute == "selective" and not memory.recompute_parts:
+        remedy = "name some of " + ", ".join(get_args(RecomputePart)) + ", or set memory.recompute to none"
+        yield Problem("memory.recompute_parts", "names no part of a block", remedy)
+    unknown = [stage for stage in memory.recompute_stages or () if not 0 <= stage < stages]
+    if unknown or memory.recompute_stages == ():
+        what = f"there is no stage {', '.join(map(str, unknown))}" if unknown else "names no stage"
+        yield Problem("memory.recompute_stages", what, f"name some of 0 to {stages - 1}, or null for all")
+
+
+def _loss_chunks(config: RunConfig) -> Iterator[Problem]:
+    chunks = config.memory.loss_chunks
+    tokens = config.sequence_length // config.mesh.cp // (config.mesh.tp if config.mesh.sequence_parallel else 1)
+    if chunks > max(1, tokens):
+        what = f"a rank's share of the sequence has {tokens} tokens, which are not enough for {chunks} pieces"
+        yield Problem("memory.loss_chunks", what, f"use at most {max(1, tokens)}")
 
 
 def _learning_rate(config: RunConfig) -> Iterator[Problem]:
@@ -411,6 +437,8 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
     ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _interleaved_batch),
+    ("mesh.pp pipeline.virtual_stages memory.recompute_every", _recompute),
+    ("sequence_length mesh.tp mesh.cp mesh.sequence_parallel memory.loss_chunks", _loss_chunks),
     ("steps lr.peak lr.final lr.warmup_steps lr.decay_steps lr.decay", _learning_rate),
     ("optimizer.groups", _parameter_groups),
     ("precision.dtype precision.moments precision.stochastic_rounding", _rounding),

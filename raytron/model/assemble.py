@@ -10,10 +10,12 @@ from raytron.config import RunConfig
 from raytron.model.build import Builder
 from raytron.model.stage import Stage
 from raytron.parallel.mesh import Group, Mesh
+from raytron.parallel.offload import Offload
 from raytron.parallel.parameter import Param
 from raytron.parallel.tensor import TensorParallel
 from raytron.plan.mesh import Coords
 from raytron.plan.plan import Plan
+from raytron.plan.recompute import treatments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +44,9 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
     dtype = DTYPES[config.precision.dtype]
     parallel = TensorParallel(mesh.tp, config.mesh.sequence_parallel)
     build = Builder(parallel, mesh.place, config.seed, dtype, mesh.device)
+    offload = None
+    if config.memory.offload_activations:
+        offload = Offload(mesh.device, round(config.memory.offload_min_mb * 2**20))
     stages: dict[int, Stage] = {}
     last = len(plan.stages) - 1
     table: Param | None = None
@@ -54,6 +59,9 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
             range(start, stop),
             first=number == 0,
             last=number == last,
+            treatments=treatments(config.memory, number, number == last, stop - start),
+            loss_chunks=config.memory.loss_chunks,
+            offload=offload,
             embedding=table if config.model.tied_embeddings and number == last else None,
         )
         table = stage.table if number == 0 else table

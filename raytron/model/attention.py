@@ -10,6 +10,7 @@ Where tp is larger than the number of KV heads, runs of tp / KV ranks hold the s
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (s,B,D) -> (s,B,D)."""
         q, kv = column_linear(x, self.parallel, (self.q, self.q_bias), (self.kv, self.kv_bias))
+        joined = context.keep.region("attention", partial(self._mix, context), q, kv)
+        return row_linear(joined, self.out, self.out_bias, self.parallel)
+
+    def _mix(self, context: Context, q: Tensor, kv: Tensor) -> Tensor:
+        """q (S,B,H_l·h), kv (S,B,KV_l·2·h) -> (S,B,H_l·h): norms, rotation, attention."""
         q = q.view(*q.shape[:-1], *self.q.shape[:2])
         k, v = kv.view(*kv.shape[:-1], *self.kv.shape[:3]).unbind(3)
         if self.q_norm is not None and self.k_norm is not None:
@@ -65,8 +71,7 @@ class Attention(nn.Module):
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         # (S,B,H,h) -> (B,H,S,h), without a copy
         mixed = self._attend(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), context)
-        joined = mixed.permute(2, 0, 1, 3).flatten(2)
-        return row_linear(joined, self.out, self.out_bias, self.parallel)
+        return mixed.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """q (B,H_l,S,h), k and v (B,KV_l,S,h) -> (B,H_l,S,h)."""

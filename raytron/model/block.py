@@ -10,7 +10,7 @@ from raytron.model.build import Builder
 from raytron.model.context import Context
 from raytron.model.mlp import FeedForward
 from raytron.model.norm import Norm
-from raytron.parallel.random import dropout, key_of
+from raytron.parallel.random import key_of
 
 
 class Block(nn.Module):
@@ -31,9 +31,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (s,B,D) -> (s,B,D)."""
-        x = x + self._drop(self.attention(self.attention_norm(x), context), self.keys[0], context)
-        return x + self._drop(self.mlp(self.mlp_norm(x)), self.keys[1], context)
-
-    def _drop(self, x: Tensor, key: int, context: Context) -> Tensor:
-        probability = self.probability if context.training else 0.0
-        return dropout(x, probability, key, context.samples, context.positions)
+        normed = context.keep.region("norm", self.attention_norm, x)
+        x = x + context.dropout(self.attention(normed, context), self.probability, self.keys[0])
+        normed = context.keep.region("norm", self.mlp_norm, x)
+        return x + context.dropout(self.mlp(normed, context), self.probability, self.keys[1])

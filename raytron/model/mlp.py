@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from raytron.config import ModelConfig
 from raytron.model.build import Builder
+from raytron.model.context import Context
 from raytron.parallel.tensor import column_linear, row_linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -49,12 +50,15 @@ class FeedForward(nn.Module):
             self.up_bias = build.constant(f"{name}.up.bias", wide, 0.0, dim=dim)
             self.down_bias = build.constant(f"{name}.down.bias", (model.hidden,), 0.0, partial=partial)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (s,B,D) -> (s,B,D)."""
         (wide,) = column_linear(x, self.parallel, (self.up, self.up_bias))
-        if self.gated:
-            gate, up = wide.chunk(2, dim=-1)
-            wide = self.activation(gate) * up
-        else:
-            wide = self.activation(wide)
+        wide = context.keep.region("activation", self._activate, wide)
         return row_linear(wide, self.down, self.down_bias, self.parallel)
+
+    def _activate(self, wide: Tensor) -> Tensor:
+        """(S,B,2·F_l), or (S,B,F_l) where it is not gated, -> (S,B,F_l)."""
+        if not self.gated:
+            return self.activation(wide)
+        gate, up = wide.chunk(2, dim=-1)
+        return self.activation(gate) * up

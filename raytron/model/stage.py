@@ -5,6 +5,9 @@ Activations between stages are (s, B, D): s is the local share of the sequence u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -14,15 +17,23 @@ from raytron.model.build import Builder
 from raytron.model.context import Context, local_positions
 from raytron.model.norm import Norm
 from raytron.model.rope import rotary_table
+from raytron.parallel.chunked_loss import chunked_loss
+from raytron.parallel.offload import Offload, Parked
 from raytron.parallel.parameter import Param
-from raytron.parallel.random import dropout, key_of
+from raytron.parallel.random import key_of
+from raytron.parallel.recompute import Keep
 from raytron.parallel.tensor import column_linear, vocab_cross_entropy, vocab_embedding
+from raytron.plan.recompute import WHOLE, Treatment
 
 EMBEDDING = "embed.weight"
 
 
 class Stage(nn.Module):
-    """One pipeline stage of one rank. `embedding`: the first stage's table, where this rank holds it too (tied, pp = 1)."""
+    """One pipeline stage of one rank.
+
+    treatments: what each layer keeps for its backward. loss_chunks: pieces in which the loss is computed.
+    embedding: the first stage's table, where this rank holds it too (tied, pp = 1).
+    """
 
     def __init__(
         self,
@@ -32,23 +43,28 @@ class Stage(nn.Module):
         *,
         first: bool,
         last: bool,
+        treatments: Sequence[Treatment] | None = None,
+        loss_chunks: int = 1,
+        offload: Offload | None = None,
         embedding: Param | None = None,
     ):
         super().__init__()
+        self.treatments = treatments or [Treatment()] * len(layers)
+        self.loss_chunks, self.offload = loss_chunks, offload
         self.model, self.parallel, self.first, self.last = model, build.parallel, first, last
-        partial = self.parallel.sequence_parallel
+        cut = self.parallel.sequence_parallel
         self.table = embedding
         if self.table is None and (first or (last and model.tied_embeddings)):
             self.table = build.normal(EMBEDDING, (model.vocab, model.hidden), model.init_std, dim=0, decay=False)
         self.position = None
         if first and model.positions == "learned":
             shape = (model.max_positions, model.hidden)
-            self.position = build.table("position.weight", shape, model.init_std, partial=partial)
+            self.position = build.table("position.weight", shape, model.init_std, partial=cut)
         self.embedding_key = key_of(build.seed, "embed", "dropout")
         self.layers = nn.ModuleList(Block(build, index, model) for index in layers)
         self.norm = self.head = None
         if last:
-            self.norm = Norm(build, "norm", model.hidden, model.norm, model.norm_eps, partial=partial)
+            self.norm = Norm(build, "norm", model.hidden, model.norm, model.norm_eps, partial=cut)
             self.head = self.table
             if not model.tied_embeddings:
                 self.head = build.normal("head.weight", (model.vocab, model.hidden), model.init_std, dim=0)
@@ -69,13 +85,18 @@ class Stage(nn.Module):
         x = vocab_embedding(tokens.t(), self.table, self.parallel)
         if self.position is not None:
             x = x + self.position[context.positions].unsqueeze(1)
-        probability = self.model.dropout if context.training else 0.0
-        return dropout(x, probability, self.embedding_key, context.samples, context.positions)
+        return context.dropout(x, self.model.dropout, self.embedding_key)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Through this stage's layers: (s,B,D) -> (s,B,D), normed after the last."""
-        for layer in self.layers:
-            x = layer(x, context)
+        parked: Parked | None = None
+        for layer, treatment in zip(self.layers, self.treatments, strict=True):
+            if not torch.is_grad_enabled():
+                treatment = Treatment()
+            if treatment.offload and self.offload is not None:
+                parked = self.offload.block(parked, context.rotary or ())
+            with Keep(treatment.parts, parked if treatment.offload else None) as keep:
+                x = keep.region(WHOLE, partial(layer, context=context._replace(keep=keep)), x)
         return x if self.norm is None else self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -85,5 +106,8 @@ class Stage(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Σ weights · cross-entropy, float32 scalar: x (s,B,D); labels and weights (B,S). Last stage only."""
-        logits = self.logits(x)
-        return vocab_cross_entropy(logits, labels.t(), weights.t(), self.model.vocab, self.parallel.group)
+        labels, weights, vocab = labels.t(), weights.t(), self.model.vocab
+        if self.loss_chunks > 1:
+            assert self.head is not None
+            return chunked_loss(x, self.head, labels, weights, vocab, self.parallel, self.loss_chunks)
+        return vocab_cross_entropy(self.logits(x), labels, weights, vocab, self.parallel.group)

@@ -38,8 +38,8 @@ class Param(nn.Parameter):
         self.register_post_accumulate_grad_hook(_drain)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def add_gradient(self, gradient: Tensor) -> None:
-        """Adds one micro-batch's gradient (of the parameter's shape)."""
+    def add_gradient(self, gradient: Tensor, *, last: bool = True) -> None:
+        """Adds one micro-batch's gradient (of the parameter's shape), or one of its terms if it is not the last."""
         if self.main_grad is None:
             self.grad = gradient if self.grad is None else self.grad + gradient
             return
@@ -47,22 +47,23 @@ class Param(nn.Parameter):
             self.main_grad.copy_(gradient)
         else:
             self.main_grad.add_(gradient)
-        self._notify()
+        self._added(last)
 
     @torch.no_grad()
-    def add_product(self, dy: Tensor, x: Tensor) -> None:
+    def add_product(self, dy: Tensor, x: Tensor, *, last: bool = True) -> None:
         """Adds dyᵀ x, the gradient of a linear layer: dy (T, N), x (T, K), parameter viewed as (N, K)."""
         if self.main_grad is None or dy.dtype != torch.float32:
-            self.add_gradient((dy.t() @ x).view(self.shape))
+            self.add_gradient((dy.t() @ x).view(self.shape), last=last)
             return
         out = self.main_grad.view(dy.shape[1], x.shape[1])
         torch.addmm(out, dy.t(), x, beta=0 if self.fresh else 1, out=out)
-        self._notify()
+        self._added(last)
 
-    def _notify(self) -> None:
+    def _added(self, last: bool) -> None:
         self.fresh = False
         assert self.contributed is not None
-        self.contributed(self)
+        if last:
+            self.contributed(self)
 
 
 def _drain(param: Tensor) -> None:

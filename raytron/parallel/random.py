@@ -99,16 +99,14 @@ def keep_mask(probability: float, key: int, rows: Tensor, channels: Tensor) -> T
     return keep.to(torch.float32).mul_(1 / (1 - probability))
 
 
-def dropout(x: Tensor, probability: float, key: int, samples: Tensor, positions: Tensor) -> Tensor:
-    """Dropout (Srivastava et al., 2014) whose mask depends on key, sample id, position and channel only.
+def dropout_mask(width: int, probability: float, key: int, samples: Tensor, positions: Tensor) -> Tensor:
+    """(S, B, width) float32: the factors 0 or 1 / (1 - p) of dropout (Srivastava et al., 2014). A factor depends on key,
+    sample id, position and channel only.
 
-    x: (S, B, D); samples: (B,) int64 sample ids; positions: (S,) int64 positions in the whole sequence.
+    samples: (B,) int64 sample ids; positions: (S,) int64 positions in the whole sequence.
     """
-    if probability == 0:
-        return x
-    rows = token_rows(samples, positions)
-    channels = torch.arange(x.shape[-1], device=x.device)
-    return x * keep_mask(probability, key, rows, channels).to(x.dtype)
+    channels = torch.arange(width, device=samples.device)
+    return keep_mask(probability, key, token_rows(samples, positions), channels)
 
 
 def token_rows(samples: Tensor, positions: Tensor) -> Tensor:

@@ -169,36 +169,58 @@ def vocab_embedding(tokens: Tensor, weight: Param, parallel: TensorParallel) -> 
     return reduce_from_group(out, parallel.group)
 
 
-class _VocabCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits whose last dimension is cut over the group; no rank sees them all."""
+class Softmax:
+    """The softmax of logits (S,B,V_l) whose last dimension is cut over the group, in float32; no rank sees them all.
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, real: int, group: Group) -> Tensor:
-        scores = logits.to(torch.float32, copy=True)
-        rows = scores.shape[-1]
-        scores[..., max(0, real) :] = -torch.inf
-        top = scores.amax(-1)
-        all_reduce(top, group, dist.ReduceOp.MAX)
-        scores -= top.unsqueeze(-1)
+    Columns at and beyond `vocab` are padding and take no part. sums: `top` and `total` of another one of equal logits,
+    which spares asking the other ranks.
+    """
+
+    def __init__(
+        self, logits: Tensor, labels: Tensor, vocab: int, group: Group, sums: tuple[Tensor, Tensor] | None = None
+    ):
+        self.scores = logits.to(torch.float32, copy=True)
+        rows = self.scores.shape[-1]
+        self.scores[..., max(0, min(rows, vocab - group.index * rows)) :] = -torch.inf
         local = labels - group.index * rows
-        outside = (local < 0) | (local >= rows)
-        safe = local.masked_fill(outside, 0)
-        target = scores.gather(-1, safe.unsqueeze(-1)).squeeze(-1).masked_fill(outside, 0)
-        scores.exp_()
-        sums = torch.stack([scores.sum(-1), target])
-        all_reduce(sums, group)
-        scores /= sums[0].unsqueeze(-1)
-        ctx.save_for_backward(scores, safe, outside, weights)
-        ctx.dtype = logits.dtype
-        return ((sums[0].log() - sums[1]) * weights).sum()
+        self.outside = (local < 0) | (local >= rows)  # whose label another rank has
+        self.target = local.masked_fill(self.outside, 0)
+        if sums is not None:
+            self.top, self.total = sums
+            self.scores.sub_(self.top.unsqueeze(-1)).exp_()
+        else:
+            self.top = all_reduce(self.scores.amax(-1), group, dist.ReduceOp.MAX)
+            self.scores -= self.top.unsqueeze(-1)
+            hit = self.scores.gather(-1, self.target.unsqueeze(-1)).squeeze(-1).masked_fill(self.outside, 0)
+            self.scores.exp_()
+            self.total, self.hit = all_reduce(torch.stack([self.scores.sum(-1), hit]), group).unbind()
+        self.scores /= self.total.unsqueeze(-1)
+
+    def loss(self) -> Tensor:
+        """(S,B): the cross-entropy of each token."""
+        return self.total.log() - self.hit
+
+    def gradient(self, weights: Tensor) -> Tensor:
+        """The gradient of the logits where each token's loss has a weight (S,B); takes the softmax's own memory."""
+        hit = (~self.outside).to(self.scores.dtype)
+        self.scores.scatter_add_(-1, self.target.unsqueeze(-1), -hit.unsqueeze(-1))
+        self.scores *= weights.unsqueeze(-1)
+        return self.scores
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor, vocab: int, group: Group) -> Tensor:
+        ctx.softmax = Softmax(logits, labels, vocab, group)
+        ctx.weights, ctx.dtype = weights, logits.dtype
+        loss: Tensor = (ctx.softmax.loss() * weights).sum()
+        return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        softmax, safe, outside, weights = ctx.saved_tensors
-        hit = (~outside).to(softmax.dtype)
-        softmax.scatter_add_(-1, safe.unsqueeze(-1), -hit.unsqueeze(-1))  # in place: it is needed once
-        softmax *= (weights * gradient).unsqueeze(-1)
-        return softmax.to(ctx.dtype), None, None, None, None
+        softmax: Softmax = ctx.softmax
+        ctx.softmax = None
+        return softmax.gradient(ctx.weights * gradient).to(ctx.dtype), None, None, None, None
 
 
 def vocab_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, vocab: int, group: Group) -> Tensor:
@@ -207,9 +229,7 @@ def vocab_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, vocab: 
     logits: (S,B,V_l); labels: (S,B) int64 in [0, vocab); weights: (S,B) float32, 0 where a label does not count.
     Columns at and beyond `vocab` are padding and take no part.
     """
-    rows = logits.shape[-1]
-    real = min(rows, vocab - group.index * rows)
-    out = _VocabCrossEntropy.apply(logits, labels, weights, real, group)  # type: ignore[no-untyped-call]
+    out = _VocabCrossEntropy.apply(logits, labels, weights, vocab, group)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
 
