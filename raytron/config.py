@@ -29,6 +29,11 @@ ScheduleName = Literal[
     "gpipe", "1f1b", "interleaved", "looped-bfs", "interleaved-zb", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min",
     "dualpipe-v", "auto",
 ]  # fmt: skip
+SCHEDULE_CHUNKS: dict[str, tuple[int, int | None]] = {  # least and most model chunks on a pipeline rank; None: any
+    "gpipe": (1, 1), "1f1b": (1, 1), "interleaved": (2, None), "looped-bfs": (2, None), "interleaved-zb": (2, None),
+    "zb-h1": (1, 1), "zb-h2": (1, 1), "zb-v": (2, 2), "v-half": (2, 2), "v-min": (2, 2), "dualpipe-v": (2, 2),
+    "auto": (1, None),
+}  # fmt: skip
 OptimizerName = Literal["adamw", "muon", "lion", "sgd"]
 RecomputeName = Literal["none", "selective", "full"]
 RecomputePart = Literal["attention", "norm", "activation", "dropout"]
@@ -121,9 +126,14 @@ class MeshConfig:
 @dataclass(frozen=True)
 class PipelineConfig:
     schedule: ScheduleName = "1f1b"
-    virtual_stages: int = 1  # model chunks per pipeline rank, where the schedule has more than one
+    virtual_stages: int | None = None  # model chunks per pipeline rank; None: the fewest that the schedule takes
     split: tuple[int, ...] | None = None  # layers of each stage, first to last; None: balanced by cost
     layout: str | None = None  # stages as text, such as "Et|tt|tt|tL": E embedding, t layer, L loss head; or `split`
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks on each pipeline rank."""
+        return SCHEDULE_CHUNKS[self.schedule][0] if self.virtual_stages is None else self.virtual_stages
 
 
 @dataclass(frozen=True)

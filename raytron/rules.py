@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
-from raytron.config import RecomputePart, RunConfig, divisors, flatten, from_mapping, to_mapping
+from raytron.config import SCHEDULE_CHUNKS, RecomputePart, RunConfig, divisors, flatten, from_mapping, to_mapping
 from raytron.errors import ConfigError, Problem
 
 
@@ -129,6 +129,11 @@ def _any_of(values: Iterable[int], near: int) -> str:
     return ", ".join(map(str, nearest[:-1])) + f" or {nearest[-1]}"
 
 
+def _one_of(names: Sequence[str]) -> str:
+    """Names as a phrase."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" or {names[-1]}"
+
+
 def _around(value: int, step: int) -> str:
     """The nearest multiples of `step`, at least one of it."""
     below = value // step * step
@@ -216,9 +221,7 @@ NOT_YET = {
     "observe.gradient_noise": False, "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
 }  # fmt: skip
 NOT_YET_VALUES = {
-    "pipeline.schedule": (
-        "looped-bfs", "interleaved-zb", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe-v", "auto",
-    ),
+    "pipeline.schedule": ("auto",),
     "data_parallel.zero": (3,),
 }  # fmt: skip
 
@@ -235,7 +238,7 @@ def _unsupported(config: RunConfig) -> Iterator[Problem]:
 
 
 def _stages(config: RunConfig) -> Iterator[Problem]:
-    layers, pp, chunks = config.model.layers, config.mesh.pp, config.pipeline.virtual_stages
+    layers, pp, chunks = config.model.layers, config.mesh.pp, config.pipeline.chunks
     stages, split = pp * chunks, config.pipeline.split
     if layers < stages:
         what = f"{layers} layers cannot fill {stages} stages (pp {pp} × {chunks} virtual)"
@@ -261,31 +264,30 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
 
 
 def _schedule(config: RunConfig) -> Iterator[Problem]:
-    name, chunks, pp = config.pipeline.schedule, config.pipeline.virtual_stages, config.mesh.pp
-    if name != "interleaved":
-        if chunks > 1:
-            what = f"{name} has one model chunk on a rank, and {chunks} are asked for"
-            yield Problem("pipeline.virtual_stages", what, "use 1, or set pipeline.schedule to interleaved")
-        return
-    if pp < 2:
+    name, chunks, pp = config.pipeline.schedule, config.pipeline.chunks, config.mesh.pp
+    least, most = SCHEDULE_CHUNKS[name]
+    if chunks < least or (most is not None and chunks > most):
+        takes = "one model chunk" if most == 1 else "two model chunks" if most == 2 else "more than one model chunk"
+        fits = [other for other, (low, high) in SCHEDULE_CHUNKS.items() if low <= chunks <= (high or chunks)]
+        what = f"{name} has {takes} on a rank, and {chunks} {'is' if chunks == 1 else 'are'} asked for"
+        remedy = f"use {least if most else f'{least} or more'}, or set pipeline.schedule to {_one_of(fits)}"
+        yield Problem("pipeline.virtual_stages", what, remedy)
+    if least > 1 and pp < 2:
         remedy = "set mesh.pp to 2 or more, or use 1f1b"
-        yield Problem("pipeline.schedule", "interleaved needs more than one pipeline rank", remedy)
-    if chunks < 2:
-        what = "interleaved needs more than one model chunk on a rank"
-        yield Problem("pipeline.virtual_stages", what, "use 2 or more, or set pipeline.schedule to 1f1b")
+        yield Problem("pipeline.schedule", f"{name} needs more than one pipeline rank", remedy)
 
 
-def _interleaved_batch(config: RunConfig) -> Iterator[Problem]:
+def _schedule_batch(config: RunConfig) -> Iterator[Problem]:
     pp, unit, batch = config.mesh.pp, config.micro_batch_size * config.mesh.dp, config.global_batch_size
-    if config.pipeline.schedule == "interleaved" and batch % unit == 0 and config.microbatches % pp:
-        what = (
-            f"interleaved passes micro-batches in groups of {pp} (pp), and {config.microbatches} are no multiple of it"
-        )
-        yield Problem("global_batch_size", what, f"use {_around(batch, unit * pp)}, or another schedule")
+    if batch % unit or config.pipeline.schedule != "dualpipe-v":
+        return
+    if pp > 1 and config.microbatches < 2 * pp:
+        what = f"dualpipe-v needs at least {2 * pp} micro-batches (2 · pp), and there are {config.microbatches}"
+        yield Problem("global_batch_size", what, f"use {unit * 2 * pp} or more, or pipeline.schedule zb-v")
 
 
 def _recompute(config: RunConfig) -> Iterator[Problem]:
-    memory, stages = config.memory, config.mesh.pp * config.pipeline.virtual_stages
+    memory, stages = config.memory, config.mesh.pp * config.pipeline.chunks
     if memory.recompute == "none":
         for key, value, neutral in (("every", memory.recompute_every, 1), ("stages", memory.recompute_stages, None)):
             if value != neutral:
@@ -436,7 +438,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("model.layers mesh.pp pipeline.virtual_stages pipeline.split", _stages),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
-    ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _interleaved_batch),
+    ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _schedule_batch),
     ("mesh.pp pipeline.virtual_stages memory.recompute_every", _recompute),
     ("sequence_length mesh.tp mesh.cp mesh.sequence_parallel memory.loss_chunks", _loss_chunks),
     ("steps lr.peak lr.final lr.warmup_steps lr.decay_steps lr.decay", _learning_rate),

@@ -7,8 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+from hypothesis import settings
 
 from raytron.testing.world import World
+
+settings.register_profile("raytron", deadline=None)  # a busy machine is not an error
+settings.load_profile("raytron")
 
 
 @pytest.fixture(scope="session")

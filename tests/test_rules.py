@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytron.config import DataParallelConfig, RunConfig, flatten, to_mapping
+from raytron.config import SCHEDULE_CHUNKS, DataParallelConfig, RunConfig, flatten, to_mapping
 from raytron.plan.plan import make_plan
 from raytron.rules import RANGES, RULES, problems
 
@@ -58,16 +58,22 @@ CASES = [
         "1f1b",
     ),
     (
-        {"pipeline.schedule": "interleaved", "mesh.pp": 2},
+        {"pipeline.schedule": "interleaved", "mesh.pp": 2, "pipeline.virtual_stages": 1},
         "pipeline.virtual_stages",
         "more than one model",
         "use 2 or more",
     ),
     (
-        {"pipeline.schedule": "interleaved", "mesh.pp": 2, "pipeline.virtual_stages": 2, "global_batch_size": 15},
+        {"pipeline.schedule": "zb-v", "mesh.pp": 2, "model.layers": 8, "pipeline.virtual_stages": 4},
+        "pipeline.virtual_stages",
+        "zb-v has two model chunks on a rank, and 4 are",
+        "use 2, or set pipeline.schedule to interleaved, looped-bfs, interleaved-zb or auto",
+    ),
+    (
+        {"pipeline.schedule": "dualpipe-v", "mesh.pp": 2, "global_batch_size": 3},
         "global_batch_size",
-        "groups of 2 (pp), and 15",
-        "use 14 or 16",
+        "at least 4 micro-batches (2 · pp), and there are 3",
+        "use 4 or more, or pipeline.schedule zb-v",
     ),
     ({"model.hidden": 264}, "model.head_dim", "a head has 33", "use 32 or 34"),
     ({"data.tokenizer.vocab": 5000}, "data.tokenizer.vocab", "5000 tokens", "use at most 4096"),
@@ -144,8 +150,8 @@ def test_every_key_named_in_a_rule_exists():
             "mesh.tp": st.integers(1, 6),
             "mesh.pp": st.integers(1, 4),
             "mesh.dp": st.integers(1, 3),
-            "pipeline.virtual_stages": st.integers(1, 2),
-            "pipeline.schedule": st.sampled_from(["gpipe", "1f1b", "zb-h1", "interleaved"]),
+            "pipeline.virtual_stages": st.none() | st.integers(1, 3),
+            "pipeline.schedule": st.sampled_from([name for name in SCHEDULE_CHUNKS if name != "auto"]),
             "global_batch_size": st.integers(1, 24),
             "micro_batch_size": st.integers(1, 2),
         }

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.tensor import Deferred
-from raytron.plan.mesh import Coords
 from raytron.plan.schedule import Action, Op, Schedule
 
 
@@ -121,36 +120,63 @@ class Links:
     """All channels of one rank to the pipeline ranks that it exchanges messages with, at its own dp, cp and tp."""
 
     def __init__(self, schedule: Schedule, mesh: Mesh):
-        self.schedule = schedule
-        self.here = mesh.coords.pp
-        self.incoming: dict[int, Channel] = {}
+        here = mesh.coords.pp
+        self.incoming: dict[int, Channel] = {}  # by pipeline rank
         self.outgoing: dict[int, Channel] = {}
-        self.rank_at = [mesh.shape.rank(Coords(pp, *mesh.coords[1:])) for pp in range(mesh.shape.pp)]
         if mesh.shape.pp == 1:
             return
-        up, down = (mesh.new_process_group(tuple(self.rank_at)) for _ in range(2))
-        for other, rank in enumerate(self.rank_at):
-            if other == self.here:
+        ranks = [mesh.shape.rank(mesh.coords._replace(pp=pp)) for pp in range(mesh.shape.pp)]
+        up, down = (mesh.new_process_group(tuple(ranks)) for _ in range(2))
+        for other, rank in enumerate(ranks):
+            if other == here:
                 continue
-            if messages(schedule, self.here, other):
-                self.outgoing[other] = Channel(up if self.here < other else down, rank, mesh.device)
-            if messages(schedule, other, self.here):
-                self.incoming[other] = Channel(up if other < self.here else down, rank, mesh.device)
+            if messages(schedule, here, other):
+                self.outgoing[other] = Channel(up if here < other else down, rank, mesh.device)
+            if messages(schedule, other, here):
+                self.incoming[other] = Channel(up if other < here else down, rank, mesh.device)
 
-    def begin(self, schedule: Schedule, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Announces what one run of `schedule` (of the same placement) will bring: tensors of one shape."""
-        for source, channel in self.incoming.items():
-            channel.expect(messages(schedule, source, self.here), shape, dtype)
-
-    def send(self, key: Key, x: Tensor) -> None:
-        self.outgoing[self.schedule.rank_of[key.stage]].send(x)
-
-    def take(self, key: Key, source_stage: int) -> Tensor:
-        return self.incoming[self.schedule.rank_of[source_stage]].take(key)
-
-    def end(self) -> None:
+    def drain(self) -> None:
+        """Waits until all that was sent has left."""
         for channel in self.outgoing.values():
             channel.drain()
+
+
+class Step(NamedTuple):
+    """An action with where its input comes from and where its output goes; None: to or from a stage of this rank."""
+
+    action: Action
+    takes: Key | None
+    source: Channel | None
+    gives: Key | None
+    target: Channel | None
+
+
+class Program(NamedTuple):
+    """This rank's row of a schedule, made ready to be run many times."""
+
+    steps: tuple[Step, ...]
+    expected: tuple[tuple[Channel, list[Key]], ...]  # what each channel will bring, in order
+    forward_only: bool
+
+
+def _program(schedule: Schedule, here: int, links: Links) -> Program:
+    rank_of, last = schedule.rank_of, schedule.num_stages - 1
+    steps = []
+    for action in schedule.rows[here]:
+        op, stage, microbatch = action
+        takes = gives = None
+        if op is Op.F:
+            takes = Key("activation", stage, microbatch) if stage > 0 else None
+            gives = Key("activation", stage + 1, microbatch) if stage < last else None
+        elif op is not Op.W:
+            takes = Key("gradient", stage, microbatch) if stage < last else None
+            gives = Key("gradient", stage - 1, microbatch) if stage > 0 else None
+        before = stage + (-1 if op is Op.F else 1)
+        source = None if takes is None or rank_of[before] == here else links.incoming[rank_of[before]]
+        target = None if gives is None or rank_of[gives.stage] == here else links.outgoing[rank_of[gives.stage]]
+        steps.append(Step(action, takes, source, gives, target))
+    expected = tuple((channel, messages(schedule, source, here)) for source, channel in links.incoming.items())
+    return Program(tuple(steps), expected, all(step.action.op is Op.F for step in steps))
 
 
 class Pipeline:
@@ -168,6 +194,7 @@ class Pipeline:
         self.links = Links(schedule, mesh)
         self.last = len(schedule.rank_of) - 1
         self.here = mesh.coords.pp
+        self._programs: dict[int, tuple[Schedule, Program]] = {}
         self._handoff: dict[Key, Tensor] = {}  # between two stages of this rank
         self._live: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._put_off: dict[tuple[int, int], list[Callable[[], None]]] = {}
@@ -185,68 +212,72 @@ class Pipeline:
         shape, dtype: of the activations between stages on this rank. scale: the gradient of each loss.
         schedule: another one of the same placement, such as forward only.
         """
-        active = schedule or self.schedule
-        row = active.rows[self.here]
-        forward_only = all(action.op == Op.F for action in row)
-        self.links.begin(active, shape, dtype)
+        program = self._prepared(schedule or self.schedule)
+        for channel, keys in program.expected:
+            channel.expect(keys, shape, dtype)
         outputs: dict[int, Tensor] = {}
-        for action in row:
-            start = time.perf_counter()
-            if action.op == Op.F:
-                y = self._forward(action, keep=not forward_only)
-                if action.stage == self.last:
-                    outputs[action.microbatch] = y
-            elif action.op == Op.W:
-                with torch.no_grad():
-                    for task in self._put_off.pop((action.stage, action.microbatch)):
-                        task()
-            else:
-                self._backward(action, scale)
-            if self.watch is not None:
-                self.watch(action, start, time.perf_counter())
-        self.links.end()
+        with torch.set_grad_enabled(not program.forward_only):
+            for step in program.steps:
+                start = time.perf_counter()
+                op, stage, microbatch = step.action
+                if op is Op.F:
+                    y = self._forward(step, keep=not program.forward_only)
+                    if stage == self.last:
+                        outputs[microbatch] = y
+                elif op is Op.W:
+                    self._weights(stage, microbatch)
+                else:
+                    self._backward(step, scale)
+                if self.watch is not None:
+                    self.watch(step.action, start, time.perf_counter())
+        self.links.drain()
         return outputs
 
-    def _forward(self, action: Action, keep: bool) -> Tensor:
-        _, stage, microbatch = action
+    def _prepared(self, schedule: Schedule) -> Program:
+        """The program of a schedule, made when it is first run; the schedule is kept, so that its id stays its own."""
+        if id(schedule) not in self._programs:
+            self._programs[id(schedule)] = (schedule, _program(schedule, self.here, self.links))
+        return self._programs[id(schedule)][1]
+
+    def _forward(self, step: Step, keep: bool) -> Tensor:
+        _, stage, microbatch = step.action
         x = None
-        if stage > 0:
-            x = self._take(Key("activation", stage, microbatch), stage - 1)
-            x.requires_grad_(keep)
-        with torch.set_grad_enabled(keep):
-            y = self.stages[stage].forward(x, microbatch)
+        if step.takes is not None:
+            x = self._take(step.takes, step.source).requires_grad_(keep)
+        y = self.stages[stage].forward(x, microbatch)
         if keep:
             self._live[stage, microbatch] = (x, y)
         out = y.detach()
-        if stage < self.last:
-            self._give(Key("activation", stage + 1, microbatch), out)
+        if step.gives is not None:
+            self._give(step.gives, step.target, out)
         return out
 
-    def _backward(self, action: Action, scale: float) -> None:
-        op, stage, microbatch = action
+    def _backward(self, step: Step, scale: float) -> None:
+        op, stage, microbatch = step.action
         x, y = self._live.pop((stage, microbatch))
-        if stage == self.last:
-            dy = torch.full_like(y, scale)
-        else:
-            dy = self._take(Key("gradient", stage, microbatch), stage + 1)
-        self.deferred.active = op == Op.I
+        dy = torch.full_like(y, scale) if step.takes is None else self._take(step.takes, step.source)
+        self.deferred.active = op is Op.I
         try:
             torch.autograd.backward(y, dy)
         finally:
             self.deferred.active = False
-        if op == Op.I:
+        if op is Op.I:
             self._put_off[stage, microbatch] = self.deferred.take()
-        if x is not None:
+        if step.gives is not None:
+            assert x is not None
             assert x.grad is not None
-            self._give(Key("gradient", stage - 1, microbatch), x.grad)
+            self._give(step.gives, step.target, x.grad)
 
-    def _give(self, key: Key, x: Tensor) -> None:
-        if self.schedule.rank_of[key.stage] == self.here:
+    def _weights(self, stage: int, microbatch: int) -> None:
+        with torch.no_grad():
+            for task in self._put_off.pop((stage, microbatch)):
+                task()
+
+    def _give(self, key: Key, target: Channel | None, x: Tensor) -> None:
+        if target is None:
             self._handoff[key] = x
         else:
-            self.links.send(key, x)
+            target.send(x)
 
-    def _take(self, key: Key, source_stage: int) -> Tensor:
-        if self.schedule.rank_of[source_stage] == self.here:
-            return self._handoff.pop(key)
-        return self.links.take(key, source_stage)
+    def _take(self, key: Key, source: Channel | None) -> Tensor:
+        return self._handoff.pop(key) if source is None else source.take(key)

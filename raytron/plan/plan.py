@@ -49,7 +49,8 @@ class Plan:
         if sequences == config.global_batch_size:
             return self.schedule
         microbatches = sequences // (config.micro_batch_size * config.mesh.dp)
-        return _generated(config.pipeline.schedule, config.mesh.pp, config.pipeline.virtual_stages, microbatches)
+        chunks = len(self.stages) // self.mesh.pp
+        return _generated(self.schedule.name, self.mesh.pp, chunks, microbatches, stage_cost(config, self.stages))
 
     @property
     def tokens_per_step(self) -> int:
@@ -87,10 +88,11 @@ def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
         found += too_small(cluster, config.cluster, mesh.world, str(mesh))
     if found:
         raise ConfigError(found)
-    pp, chunks = config.mesh.pp, config.pipeline.virtual_stages
+    pp, chunks = config.mesh.pp, config.pipeline.chunks
     stages = split.ranges(config.pipeline.split or split.balanced(layer_costs(config), pp * chunks))
-    schedule = generate(config.pipeline.schedule, pp, chunks, config.microbatches)
-    evaluation = forward_only(pp, chunks, config.microbatches)
+    cost = stage_cost(config, stages)
+    schedule = generate(config.pipeline.schedule, pp, chunks, config.microbatches, cost)
+    evaluation = forward_only(schedule.rank_of, config.microbatches)
     simulate(evaluation)
     return Plan(
         config=config,
@@ -99,14 +101,14 @@ def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
         schedule=schedule,
         evaluation=evaluation,
         memory=estimate(config, stages, schedule),
-        timeline=simulate(schedule, stage_cost(config, stages)),
+        timeline=simulate(schedule, cost),
         cluster=cluster,
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _generated(name: str, pp: int, chunks: int, microbatches: int) -> Schedule:
-    schedule = generate(name, pp, chunks, microbatches)
+def _generated(name: str, pp: int, chunks: int, microbatches: int, cost: Cost) -> Schedule:
+    schedule = generate(name, pp, chunks, microbatches, cost)
     simulate(schedule)
     return schedule
 

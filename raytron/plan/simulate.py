@@ -20,31 +20,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 from raytron.errors import ScheduleError
-from raytron.plan.schedule import Action, Op, Row, Schedule
+from raytron.plan.actions import Action, Op, Row, Schedule
+from raytron.plan.cost import UNIT, Cost
 
-PerStage = float | tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """How long an action takes, in any one unit: one number for all stages, or one for each.
-
-    A full backward takes input_grad + weight_grad. comm: from the end of an action to the arrival of its message at
-    another rank.
-    """
-
-    forward: PerStage = 1.0
-    input_grad: PerStage = 1.0
-    weight_grad: PerStage = 1.0
-    comm: float = 0.0
-
-    def table(self, num_stages: int) -> dict[Op, tuple[float, ...]]:
-        """The time of each operation by stage. Raises ScheduleError for a wrong number of stages or negative times."""
-        forward, inputs, weights = (_spread(v, num_stages) for v in (self.forward, self.input_grad, self.weight_grad))
-        if min(*forward, *inputs, *weights, self.comm) < 0:
-            raise ScheduleError("a cost can't be negative")
-        full = tuple(i + w for i, w in zip(inputs, weights, strict=True))
-        return {Op.F: forward, Op.B: full, Op.I: inputs, Op.W: weights}
+__all__ = ["Cost", "Timeline", "peak", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +73,7 @@ class Timeline:
         return 1 - self.busy[rank] / self.makespan if self.makespan else 0.0
 
 
-def simulate(schedule: Schedule, cost: Cost = Cost()) -> Timeline:
+def simulate(schedule: Schedule, cost: Cost = UNIT) -> Timeline:
     """The times of all actions. Raises ScheduleError naming who waits for whom where the schedule would never end."""
     return _Simulation(schedule, cost).run()
 
@@ -211,11 +190,3 @@ class _Simulation:
             owner = self.schedule.rank_of[message.stage]
             lines.append(f"rank {rank} stands at {action} and waits for {message} from rank {owner}")
         raise ScheduleError(f"{self.schedule.name} stops in a deadlock: " + "; ".join(lines))
-
-
-def _spread(value: PerStage, num_stages: int) -> tuple[float, ...]:
-    if not isinstance(value, tuple):
-        return (float(value),) * num_stages
-    if len(value) != num_stages:
-        raise ScheduleError(f"a cost for {len(value)} stages does not fit {num_stages} stages")
-    return value
