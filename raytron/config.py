@@ -227,6 +227,7 @@ class DataConfig:
     dataset: str | None = None  # a tokenized data set; None: prepared from `sources` into run_dir/data
     sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, or the word python-stdlib
     text_key: str = "text"  # field or column of JSONL and Parquet sources
+    document_mask: bool = False  # attention does not cross the end of a document, and positions begin anew after it
     validation_fraction: float = 0.02  # share of documents, chosen by hash, kept for evaluation
     shard_mb: float = 256.0  # size of an Arrow shard in MiB of tokens
     max_mb: float | None = None  # stop after this much text; None: all of it

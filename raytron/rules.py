@@ -94,7 +94,7 @@ RANGES: tuple[Range, ...] = (
     *_more_than_zero("model.norm_eps model.rope_theta"),
     *_at_least(0, "model.init_std"),
     *_share("model.dropout model.attention_dropout"),
-    *_at_least(1, "mesh.pp mesh.dp mesh.cp mesh.tp mesh.ep pipeline.virtual_stages"),
+    *_at_least(1, "mesh.pp mesh.dp mesh.cp mesh.cp_all_to_all mesh.tp mesh.ep pipeline.virtual_stages"),
     *_more_than_zero("data_parallel.bucket_mb"),
     *_share("optimizer.beta1 optimizer.beta2 optimizer.momentum"),
     Range("optimizer.newton_schulz_steps", 1, 20),
@@ -148,8 +148,22 @@ def _tp_widths(config: RunConfig) -> list[int]:
         for tp in divisors(model.heads)
         if _kv_fits(model.num_kv_heads, tp)
         and model.ffn % tp == 0
-        and not (config.mesh.sequence_parallel and sequence % tp)
+        and _exchange_fits(config, tp, config.mesh.cp_all_to_all)
+        and sequence % _sequence_unit(config, tp, config.mesh.cp_all_to_all) == 0
     ]
+
+
+def _exchange_fits(config: RunConfig, tp: int, parts: int) -> bool:
+    """Whether what tp leaves a rank of the heads can be exchanged for sequence over `parts` ranks."""
+    model = config.model
+    return model.heads // tp % parts == 0 and _kv_fits(max(1, model.num_kv_heads // tp), parts)
+
+
+def _sequence_unit(config: RunConfig, tp: int, parts: int) -> int:
+    """What divides the length of a sequence: its equal shares, and on a ring two chunks for each rank."""
+    mesh = config.mesh
+    ring = mesh.cp // parts
+    return math.lcm(mesh.cp * (tp if mesh.sequence_parallel else 1), 2 * ring if ring > 1 else 1)
 
 
 def _kv_fits(kv_heads: int, tp: int) -> bool:
@@ -194,11 +208,35 @@ def _tensor_parallel(config: RunConfig) -> Iterator[Problem]:
         yield Problem("mesh.tp", what, f"{use}, or set model.ffn to {_around(model.ffn, tp)}")
 
 
-def _sequence_parallel(config: RunConfig) -> Iterator[Problem]:
-    tp, length = config.mesh.tp, config.sequence_length
-    if config.mesh.sequence_parallel and length % tp:
-        remedy = f"use {_around(length, tp)}, or set mesh.sequence_parallel to false"
-        yield Problem("sequence_length", _divide(length, "tokens", tp) + " under sequence parallelism", remedy)
+def _sequence(config: RunConfig) -> Iterator[Problem]:
+    mesh, length = config.mesh, config.sequence_length
+    unit = _sequence_unit(config, mesh.tp, mesh.cp_all_to_all)
+    if mesh.cp % mesh.cp_all_to_all or length % unit == 0:
+        return
+    use = f"use {_around(length, unit)}"
+    if mesh.cp == 1:
+        remedy = f"{use}, or set mesh.sequence_parallel to false"
+        yield Problem("sequence_length", _divide(length, "tokens", unit) + " under sequence parallelism", remedy)
+        return
+    ring = mesh.cp // mesh.cp_all_to_all
+    cuts = [f"2 chunks for each of {ring} ranks of a ring"] * (ring > 1)
+    cuts += [f"{mesh.cp_all_to_all} parts for the all-to-all"] * (mesh.cp_all_to_all > 1)
+    cuts += [f"{mesh.tp} shares for sequence parallelism"] * (mesh.sequence_parallel and mesh.tp > 1)
+    yield Problem("sequence_length", f"{length} tokens cannot be cut equally: {', '.join(cuts)}", use)
+
+
+def _all_to_all(config: RunConfig) -> Iterator[Problem]:
+    model, mesh = config.model, config.mesh
+    parts, tp = mesh.cp_all_to_all, mesh.tp
+    if model.heads % tp or not _kv_fits(model.num_kv_heads, tp):
+        return
+    legal = _any_of([n for n in divisors(mesh.cp) if _exchange_fits(config, tp, n)], parts)
+    if mesh.cp % parts:
+        yield Problem("mesh.cp_all_to_all", _divide(mesh.cp, "context-parallel ranks", parts), f"use {legal}")
+    elif not _exchange_fits(config, tp, parts):
+        heads, kv_heads = model.heads // tp, max(1, model.num_kv_heads // tp)
+        what = f"{heads} heads and {kv_heads} KV heads of a rank cannot be exchanged equally over {parts} ranks"
+        yield Problem("mesh.cp_all_to_all", what, f"use {legal}; a ring takes the rest of mesh.cp")
 
 
 def _positions(config: RunConfig) -> Iterator[Problem]:
@@ -216,7 +254,7 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
 
 # what may be written already, and is not there yet: the key, its neutral value
 NOT_YET = {
-    "mesh.cp": 1, "mesh.cp_all_to_all": 1, "mesh.ep": 1, "mesh.etp": 1, "mesh.replicate": 1,
+    "mesh.ep": 1, "mesh.etp": 1, "mesh.replicate": 1,
     "model.experts.count": 0, "pipeline.layout": None, "determinism": "mesh",
     "observe.gradient_noise": False, "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
 }  # fmt: skip
@@ -431,8 +469,12 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("model.hidden model.heads model.head_dim", _head_width),
     ("model.heads model.kv_heads", _kv_heads),
     (f"{_HEADS} model.positions", _rotary),
-    (f"{_HEADS} model.ffn mesh.tp sequence_length mesh.sequence_parallel", _tensor_parallel),
-    ("sequence_length mesh.tp mesh.sequence_parallel", _sequence_parallel),
+    (
+        f"{_HEADS} model.ffn mesh.tp mesh.cp mesh.cp_all_to_all sequence_length mesh.sequence_parallel",
+        _tensor_parallel,
+    ),
+    ("sequence_length mesh.tp mesh.cp mesh.cp_all_to_all mesh.sequence_parallel", _sequence),
+    (f"{_HEADS} mesh.tp mesh.cp mesh.cp_all_to_all", _all_to_all),
     ("sequence_length model.max_positions model.positions evaluate.prompt_tokens", _positions),
     ("", _unsupported),
     ("model.layers mesh.pp pipeline.virtual_stages pipeline.split", _stages),

@@ -43,7 +43,26 @@ CASES = [
     ),
     ({"sequence_length": 255, "mesh.tp": 2}, "sequence_length", "under sequence parallelism", "use 254 or 256"),
     ({"sequence_length": 4096, "model.positions": "learned"}, "sequence_length", "2048 learned", "use at most 2048"),
-    ({"mesh.cp": 2}, "mesh.cp", "this version does not have 2 yet", "use 1"),
+    (
+        {"mesh.cp": 4, "mesh.tp": 2, "sequence_length": 252},
+        "sequence_length",
+        "252 tokens cannot be cut equally: 2 chunks for each of 4 ranks of a ring, 2 shares",
+        "use 248 or 256",
+    ),
+    ({"mesh.cp": 2, "sequence_length": 254}, "sequence_length", "2 chunks for each of 2 ranks", "use 252 or 256"),
+    (
+        {"mesh.cp": 2, "mesh.cp_all_to_all": 2, "sequence_length": 255},
+        "sequence_length",
+        "2 parts for the",
+        "254 or 256",
+    ),
+    ({"mesh.cp": 4, "mesh.cp_all_to_all": 3}, "mesh.cp_all_to_all", "4 context-parallel ranks", "use 1, 2 or 4"),
+    (
+        {"mesh.cp": 16, "mesh.cp_all_to_all": 16, "model.kv_heads": 4},
+        "mesh.cp_all_to_all",
+        "8 heads and 4 KV heads of a rank cannot be exchanged equally over 16",
+        "use 1, 2, 4 or 8; a ring",
+    ),
     ({"mesh.ep": 2}, "mesh.ep", "this version does not have 2 yet", "use 1"),
     ({"mesh.pp": 8}, "mesh.pp", "4 layers cannot fill 8 stages", "at most 4 stages, or at least 8 layers"),
     ({"mesh.pp": 2, "pipeline.split": [1, 1, 2]}, "pipeline.split", "3 entries for 2 stages", "give 2 entries"),
@@ -118,8 +137,8 @@ def test_the_defaults_are_legal():
 
 
 def test_all_are_reported_at_once():
-    found = problems(RunConfig().replace(**{"steps": 0, "mesh.cp": 2, "model.dropout": 2, "micro_batch_size": 3}))
-    assert {problem.where for problem in found} == {"steps", "mesh.cp", "model.dropout", "global_batch_size"}
+    found = problems(RunConfig().replace(**{"steps": 0, "mesh.ep": 2, "model.dropout": 2, "micro_batch_size": 3}))
+    assert {problem.where for problem in found} == {"steps", "mesh.ep", "model.dropout", "global_batch_size"}
 
 
 def test_values_of_a_wrong_type_do_not_hide_the_rest():

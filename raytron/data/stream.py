@@ -7,6 +7,9 @@ of its last. What is left at a shard's end is not read.
     sample 0   t t t t|e                              tokens | last label
     sample 1           e t t e|t
 
+Where documents are kept apart, a batch also says which document each token is of, and the label of a document's last
+token, which would be the first of another document, has weight 0.
+
 Which sample an id names is the order's matter (`raytron.data.order`); here a sample becomes a slice of a memory map, in
 the process that asks for it, with no worker process and no queue.
 """
@@ -31,11 +34,13 @@ MAX_OPEN_SHARDS = 256
 class ShardStream:
     """The TokenStream of one split of a data set; `train` is shuffled anew each epoch, `validation` never.
 
+    documents: whether batches tell the documents apart.
     Raises DataError where no shard of the split holds a single sample.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, sequence_length: int, seed: int = 0):
+    def __init__(self, dataset: Dataset, split: Split, sequence_length: int, seed: int = 0, *, documents: bool = False):
         self.dataset, self.split, self._sequence_length = dataset, split, sequence_length
+        self.documents = documents
         self._entries = dataset.entries(split)
         samples = [max(entry.tokens - 1, 0) // sequence_length for entry in self._entries]
         self._ends = np.cumsum(samples, dtype=np.int64)  # (shards,) samples up to and with each shard
@@ -64,7 +69,12 @@ class ShardStream:
             piece = self._shard(shard).tokens[offset : offset + self.sequence_length + 1]
             tokens[row], labels[row] = piece[:-1], piece[1:]
         self._check_ids(tokens, labels, shards)
-        return Batch(ids, tokens, labels, np.ones(tokens.shape, np.float32))
+        weights = np.ones(tokens.shape, np.float32)
+        if not self.documents:
+            return Batch(ids, tokens, labels, weights)
+        numbers = self._documents(shards, offsets)
+        weights[numbers[:, :-1] != numbers[:, 1:]] = 0
+        return Batch(ids, tokens, labels, weights, numbers[:, :-1])
 
     def locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of sample ids (n,): the number of the shard (n,) and the offset of the first token in it (n,)."""
@@ -72,6 +82,15 @@ class ShardStream:
         shard = np.searchsorted(self._ends, index, side="right")
         before = np.concatenate([np.zeros(1, np.int64), self._ends])[shard]
         return shard.astype(np.int64), (index - before) * self.sequence_length
+
+    def _documents(self, shards: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int32]:
+        """(n, S + 1): the document, counted from the sample's first, of each token and of the last label."""
+        at = np.arange(self.sequence_length + 1)
+        numbers = np.empty((len(shards), len(at)), np.int32)
+        for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
+            found = np.searchsorted(self._shard(shard).offsets, offset + at, side="right")
+            numbers[row] = found - found[0]
+        return numbers
 
     def _shard(self, number: int) -> Shard:
         if number not in self._open:

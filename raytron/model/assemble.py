@@ -9,6 +9,7 @@ import torch
 from raytron.config import RunConfig
 from raytron.model.build import Builder
 from raytron.model.stage import Stage
+from raytron.parallel.context import ContextParallel
 from raytron.parallel.mesh import Group, Mesh
 from raytron.parallel.offload import Offload
 from raytron.parallel.parameter import Param
@@ -27,6 +28,7 @@ class Assembly:
     stages: dict[int, Stage]  # by stage number, ascending
     params: list[Param]  # each once, in the order of the forward pass
     parallel: TensorParallel
+    context_parallel: ContextParallel
     dtype: torch.dtype
     tied: tuple[Param, Group] | None  # an embedding with a copy on another rank, and the holders of the copies
 
@@ -43,7 +45,8 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
     config = plan.config
     dtype = DTYPES[config.precision.dtype]
     parallel = TensorParallel(mesh.tp, config.mesh.sequence_parallel)
-    build = Builder(parallel, mesh.place, config.seed, dtype, mesh.device)
+    context_parallel = ContextParallel.of(mesh)
+    build = Builder(parallel, context_parallel, mesh.place, config.seed, dtype, mesh.device)
     offload = None
     if config.memory.offload_activations:
         offload = Offload(mesh.device, round(config.memory.offload_min_mb * 2**20))
@@ -66,7 +69,7 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
         )
         table = stage.table if number == 0 else table
         stages[number] = stage
-    return Assembly(stages, build.params, parallel, dtype, _tied(config, plan, mesh, stages))
+    return Assembly(stages, build.params, parallel, context_parallel, dtype, _tied(config, plan, mesh, stages))
 
 
 def _tied(config: RunConfig, plan: Plan, mesh: Mesh, stages: dict[int, Stage]) -> tuple[Param, Group] | None:

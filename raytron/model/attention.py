@@ -1,8 +1,11 @@
-"""Causal self-attention: multi-head, grouped-query or multi-query; heads cut over tp.
+"""Causal self-attention: multi-head, grouped-query or multi-query; heads cut over tp, the sequence over cp.
 
-Shapes: s local and S whole sequence, B micro-batch, D hidden, H_l and KV_l local query and key-value heads, h head_dim.
+Shapes: S tokens on this cp rank (the whole sequence where cp is 1), s its share of them under sequence parallelism,
+B micro-batch, D hidden, H_l and KV_l local query and key-value heads, h head_dim.
 
     x (s,B,D) → q (S,B,H_l,h), k and v (S,B,KV_l,h) → rotate → softmax(q kᵀ / √h) v → (S,B,H_l·h) → (s,B,D)
+
+What a query sees (sliding window, documents, other ranks' keys) is `raytron.parallel.context`'s matter.
 
 Where tp is larger than the number of KV heads, runs of tp / KV ranks hold the same KV head (`Layout.repeat`).
 """
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from raytron.config import ModelConfig
-from raytron.kernels.attention import causal_attention, reference
+from raytron.kernels.tiles import Tile
 from raytron.model.build import Builder
 from raytron.model.context import Context
 from raytron.model.norm import Norm
@@ -30,7 +33,7 @@ class Attention(nn.Module):
 
     def __init__(self, build: Builder, name: str, model: ModelConfig):
         super().__init__()
-        self.parallel = build.parallel
+        self.parallel, self.context_parallel = build.parallel, build.context_parallel
         self.model = model
         heads, kv_heads, width = model.heads, model.num_kv_heads, model.dim_per_head
         repeat = max(1, self.parallel.size // kv_heads)
@@ -69,21 +72,21 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
-        # (S,B,H,h) -> (B,H,S,h), without a copy
-        mixed = self._attend(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3), context)
-        return mixed.permute(2, 0, 1, 3).flatten(2)
+        return self._attend(q, k, v, context).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        """q (B,H_l,S,h), k and v (B,KV_l,S,h) -> (B,H_l,S,h)."""
+        """q (S,B,H_l,h), k and v (S,B,KV_l,h) -> (S,B,H_l,h)."""
+        dropout = None
         if context.training and self.model.attention_dropout > 0:
-            keep = self._keep_mask(q.shape[1], q.shape[2], context)
-            return reference(q, k, v, self.model.window, keep)
-        return causal_attention(q, k, v, self.model.window)
+            dropout = partial(self._keep, context.samples)
+        return self.context_parallel.attend(q, k, v, context.tiles, dropout)
 
-    def _keep_mask(self, heads: int, length: int, context: Context) -> Tensor:
-        """(B,H_l,S,S): dropout of the probabilities, keyed by sample, head and both positions."""
-        numbers = torch.arange(self.first_head, self.first_head + heads, device=context.samples.device)
-        positions = torch.arange(length, device=context.samples.device)
-        tokens = token_rows(context.samples, positions).t()[:, None, :]  # (B,1,S)
-        rows = tokens * self.model.heads + numbers[None, :, None]  # (B,H_l,S)
-        return keep_mask(self.model.attention_dropout, self.dropout_key, rows, positions)
+    def _keep(self, samples: Tensor, tile: Tile, queries: Tensor, keys: Tensor) -> Tensor:
+        """(rows,H,height,width): dropout of a tile's probabilities, keyed by sample, head and both positions."""
+        exchange = self.context_parallel.all_to_all
+        heads = self.q.shape[0] // exchange.size
+        first = self.first_head + exchange.index * heads
+        numbers = torch.arange(first, first + heads, device=samples.device)
+        tokens = token_rows(samples[slice(*tile.rows)], queries[slice(*tile.queries)]).t()[:, None, :]
+        rows = tokens * self.model.heads + numbers[None, :, None]
+        return keep_mask(self.model.attention_dropout, self.dropout_key, rows, keys[slice(*tile.keys)])

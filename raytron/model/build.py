@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from raytron.parallel.context import ContextParallel
 from raytron.parallel.layout import Cut, Layout, Place
 from raytron.parallel.parameter import Param
 from raytron.parallel.random import fill_normal, key_of
@@ -18,8 +19,17 @@ from raytron.parallel.tensor import TensorParallel
 class Builder:
     """Makes the parameters of one rank, which stands at `place` of the mesh."""
 
-    def __init__(self, parallel: TensorParallel, place: Place, seed: int, dtype: torch.dtype, device: torch.device):
-        self.parallel, self.place, self.seed, self.dtype, self.device = parallel, place, seed, dtype, device
+    def __init__(
+        self,
+        parallel: TensorParallel,
+        context_parallel: ContextParallel,
+        place: Place,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.parallel, self.context_parallel, self.place = parallel, context_parallel, place
+        self.seed, self.dtype, self.device = seed, dtype, device
         self.params: list[Param] = []
 
     def normal(

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """positions (S,) -> cosines and sines, float32, each (S, 1, 1, head_dim / 2)."""
+    """positions (S,) or (S,B) -> cosines and sines, float32, each (S, 1 or B, 1, head_dim / 2)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    angles = positions.float()[:, None] * (1.0 / theta**exponents)
-    return angles.cos()[:, None, None, :], angles.sin()[:, None, None, :]
+    angles = positions.float().view(len(positions), -1, 1, 1) * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """What one rank holds of the model for one pipeline stage: the embedding (first stage), some layers, the head (last).
 
-Activations between stages are (s, B, D): s is the local share of the sequence under sequence parallelism.
+Activations between stages are (s, B, D). S is the tokens that this cp rank holds of a sequence (all, where cp is 1), and s
+its local share of them under sequence parallelism.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from raytron.config import ModelConfig
 from raytron.model.block import Block
 from raytron.model.build import Builder
-from raytron.model.context import Context, local_positions
+from raytron.model.context import Context, Documents
 from raytron.model.norm import Norm
 from raytron.model.rope import rotary_table
 from raytron.parallel.chunked_loss import chunked_loss
@@ -52,6 +53,7 @@ class Stage(nn.Module):
         self.treatments = treatments or [Treatment()] * len(layers)
         self.loss_chunks, self.offload = loss_chunks, offload
         self.model, self.parallel, self.first, self.last = model, build.parallel, first, last
+        self.context_parallel = build.context_parallel
         cut = self.parallel.sequence_parallel
         self.table = embedding
         if self.table is None and (first or (last and model.tied_embeddings)):
@@ -68,23 +70,39 @@ class Stage(nn.Module):
             self.head = self.table
             if not model.tied_embeddings:
                 self.head = build.normal("head.weight", (model.vocab, model.hidden), model.init_std, dim=0)
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._held: tuple[Tensor, tuple[Tensor, Tensor] | None] | None = None
 
-    def context(self, samples: Tensor, length: int, training: bool) -> Context:
-        """The context of a micro-batch with these sample ids (B,) and sequences of `length` tokens."""
-        if self.model.positions == "rope" and (self._rotary is None or self._rotary[0].shape[0] != length):
-            at = torch.arange(length, device=samples.device)
-            self._rotary = rotary_table(at, self.model.dim_per_head, self.model.rope_theta)
+    def context(self, samples: Tensor, length: int, training: bool, documents: Documents | None = None) -> Context:
+        """The context of a micro-batch with these sample ids (B,) and whole sequences of `length` tokens."""
+        if self._held is None or len(self._held[0]) * self.context_parallel.size != length:
+            held = self.context_parallel.positions(length).to(samples.device)
+            self._held = held, self._rotary(held)
+        positions, rotary = self._held
+        places = positions
+        if documents is not None:
+            places = documents.positions.t()
+            rotary = self._rotary(places)
+        starts = None if documents is None else documents.starts
+        tiles = self.context_parallel.tiles(length, len(samples), self.model.window, starts)
+        return Context(samples, rotary, self._share(positions), self._share(places), tiles, training)
+
+    def _rotary(self, places: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of places (S,) or (S,B), where the model turns by them."""
+        if self.model.positions != "rope":
+            return None
+        return rotary_table(places, self.model.dim_per_head, self.model.rope_theta)
+
+    def _share(self, x: Tensor) -> Tensor:
+        """(S,...) -> this rank's (s,...) of it."""
         parallel = self.parallel
-        parts, part = (parallel.size, parallel.rank) if parallel.sequence_parallel else (1, 0)
-        return Context(samples, self._rotary, local_positions(length, parts, part, samples.device), training)
+        return x.chunk(parallel.size)[parallel.rank] if parallel.sequence_parallel else x
 
     def embed(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens (B,S) -> (s,B,D); first stage only."""
         assert self.table is not None
         x = vocab_embedding(tokens.t(), self.table, self.parallel)
         if self.position is not None:
-            x = x + self.position[context.positions].unsqueeze(1)
+            x = x + self.position[context.places.view(len(context.places), -1)]
         return context.dropout(x, self.model.dropout, self.embedding_key)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -6,6 +6,7 @@ rank its share of that sum along the sequence, which is dimension 0 here:
     function               forward          backward
     reduce_from_group      all-reduce       identity
     scatter_sequence       reduce-scatter   all-gather
+    all_to_all             all-to-all       all-to-all
 
 The linear layers of `raytron.parallel.tensor` do their own communication, so that it overlaps with their GEMMs.
 """
@@ -79,6 +80,16 @@ def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Gro
     return out
 
 
+def _all_to_all(x: Tensor, group: Group) -> Tensor:
+    """x (size, ...), part i for rank i -> (size, ...), part i from rank i."""
+    if group.size == 1:
+        return x
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=group.process_group)
+    return out
+
+
 def _after(work: Any, out: Tensor) -> Wait:
     def wait() -> Tensor:
         work.wait()
@@ -108,6 +119,17 @@ class _ScatterSequence(torch.autograd.Function):
         return all_gather(dy, ctx.group), None
 
 
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_to_all(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(dy, ctx.group), None
+
+
 def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     return x if group.size == 1 else _apply(_ReduceFromGroup, x, group)
 
@@ -115,6 +137,11 @@ def reduce_from_group(x: Tensor, group: Group) -> Tensor:
 def scatter_sequence(x: Tensor, group: Group) -> Tensor:
     """x (S, ...), partial sums -> this rank's (S / size, ...) of their sum."""
     return x if group.size == 1 else _apply(_ScatterSequence, x, group)
+
+
+def all_to_all(x: Tensor, group: Group) -> Tensor:
+    """x (size, ...), part i for rank i -> (size, ...), part i from rank i."""
+    return x if group.size == 1 else _apply(_AllToAll, x, group)
 
 
 def _apply(function: type[torch.autograd.Function], x: Tensor, group: Group) -> Tensor:

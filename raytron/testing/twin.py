@@ -63,6 +63,15 @@ def shapes(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]:
     return out
 
 
+def places(tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """(B,S): the position of each of the tokens (B,S) in its document, or in the sequence."""
+    at = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    if documents is None:
+        return at
+    same = (documents[:, :, None] == documents[:, None, :]) & (at[:, None, :] < at[:, :, None])
+    return same.sum(-1)
+
+
 class Twin:
     """The whole model of a configuration on one device, in float32."""
 
@@ -76,17 +85,24 @@ class Twin:
             self.weights[name] = value.requires_grad_()
         self.optimizer = PlainOptimizer(config, self.weights)
 
-    def logits(self, tokens: Tensor, samples: Tensor | None = None, training: bool = False) -> Tensor:
-        """tokens (B,S) -> (B,S,V)."""
+    def logits(
+        self,
+        tokens: Tensor,
+        samples: Tensor | None = None,
+        training: bool = False,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """tokens (B,S), and the document of each, if they are kept apart -> (B,S,V)."""
         model, w = self.model, self.weights
         samples = torch.zeros(len(tokens), dtype=torch.int64) if samples is None else samples
         x = w["embed.weight"][tokens]
         if model.positions == "learned":
-            x = x + w["position.weight"][: tokens.shape[1]]
+            x = x + w["position.weight"][places(tokens, documents)]
         x = self._drop(x, ("embed", "dropout"), samples, training)
         for index in range(model.layers):
             name = f"layers.{index}"
-            y = self._attention(self._norm(x, f"{name}.attention.norm"), f"{name}.attention", samples, training)
+            y = self._norm(x, f"{name}.attention.norm")
+            y = self._attention(y, f"{name}.attention", samples, training, documents)
             x = x + self._drop(y, (name, "attention"), samples, training)
             y = self._feed_forward(self._norm(x, f"{name}.mlp.norm"), f"{name}.mlp")
             x = x + self._drop(y, (name, "mlp"), samples, training)
@@ -95,8 +111,9 @@ class Twin:
 
     def loss(self, batch: Batch, training: bool = True) -> Tensor:
         """Σ weight · cross-entropy / Σ weight."""
-        samples, tokens, labels, weights = (torch.from_numpy(part) for part in batch)
-        logits = self.logits(tokens, samples, training)
+        samples, tokens, labels, weights = (torch.from_numpy(part) for part in batch[:4])
+        documents = None if batch.documents is None else torch.from_numpy(batch.documents)
+        logits = self.logits(tokens, samples, training, documents)
         each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return (each * weights.flatten()).sum() / weights.sum()
 
@@ -133,19 +150,24 @@ class Twin:
         y: Tensor = torch.tensordot(x, weight, dims=([-1], [weight.dim() - 1]))
         return y if bias is None else y + bias
 
-    def _attention(self, x: Tensor, name: str, samples: Tensor, training: bool) -> Tensor:
+    def _attention(
+        self, x: Tensor, name: str, samples: Tensor, training: bool, documents: Tensor | None = None
+    ) -> Tensor:
         model, length = self.model, x.shape[1]
         q = self._linear(x, f"{name}.q")  # (B,S,H,h)
         k, v = self._linear(x, f"{name}.kv").unbind(3)  # (B,S,KV,h)
         if model.qk_norm:
             q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
         if model.positions == "rope":
-            q, k = self._rotate(q), self._rotate(k)
+            at = places(x[..., 0], documents)
+            q, k = self._rotate(q, at), self._rotate(k, at)
         repeat = model.heads // model.num_kv_heads
         k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(model.dim_per_head)
         distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
         hidden = (distance < 0) | (distance >= (model.window or length))
+        if documents is not None:
+            hidden = hidden | (documents[:, None, :, None] != documents[:, None, None, :])
         probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         if training and model.attention_dropout > 0:
             probabilities = probabilities * self._attention_mask(name, samples, length)
@@ -158,11 +180,11 @@ class Twin:
         key = key_of(self.config.seed, name, "probabilities")
         return keep_mask(self.model.attention_dropout, key, rows, torch.arange(length))
 
-    def _rotate(self, x: Tensor) -> Tensor:
+    def _rotate(self, x: Tensor, at: Tensor) -> Tensor:
         half = x.shape[-1] // 2
-        angles = torch.arange(x.shape[1])[:, None] * self.model.rope_theta ** -(torch.arange(half) / half)
+        angles = at[..., None] * self.model.rope_theta ** -(torch.arange(half) / half)
         turned = torch.view_as_complex(torch.stack([x[..., :half], x[..., half:]], -1).contiguous())
-        turned = torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles)[None, :, None])
+        turned = torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles)[:, :, None])
         return torch.cat([turned[..., 0], turned[..., 1]], -1)
 
     def _feed_forward(self, x: Tensor, name: str) -> Tensor:

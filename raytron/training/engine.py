@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raytron.data.batch import Batch
@@ -29,6 +31,7 @@ from raytron.parallel.collectives import all_reduce
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.pipeline import Pipeline, Watch
 from raytron.plan.plan import Plan
+from raytron.training.microbatch import MicroBatch, micro_batches
 
 REQUEST_BITS = 8
 
@@ -44,15 +47,6 @@ class StepResult(NamedTuple):
     layer_norms: dict[str, float]  # gradient norm of each layer, where asked for: "layers.3", "embed", ...
 
 
-class MicroBatch(NamedTuple):
-    """Tensors on the device: tokens, labels (B,S) int64; weights (B,S) float32; samples (B,) int64."""
-
-    samples: Tensor
-    tokens: Tensor
-    labels: Tensor
-    weights: Tensor
-
-
 class _Bound:
     """A stage together with the micro-batches of the moment."""
 
@@ -63,7 +57,7 @@ class _Bound:
 
     def forward(self, x: Tensor | None, microbatch: int) -> Tensor:
         batch = self.batches[microbatch]
-        context = self.stage.context(batch.samples, batch.tokens.shape[1], self.training)
+        context = self.stage.context(batch.samples, batch.length, self.training, batch.documents)
         if x is None:
             x = self.stage.embed(batch.tokens, context)
         y: Tensor = self.stage(x, context)
@@ -89,7 +83,7 @@ class Engine:
         self.loss_scale = LossScale(plan.config.precision)
         self._bound = {number: _Bound(stage) for number, stage in self.model.stages.items()}
         self.pipeline = Pipeline(self._bound, plan.schedule, mesh, self.model.parallel.deferred, watch)
-        self._speaks = mesh.tp.index == 0  # one voice for each loss: tp ranks compute equal ones
+        self._speaks = mesh.tp.index == 0  # one voice for each loss: tp ranks compute equal ones, cp ranks parts
 
     def _layers(self) -> list[str]:
         """The layers of the whole model, where names are needed on all ranks: for their norms or for parameter groups.
@@ -166,16 +160,19 @@ class Engine:
 
     def _bind(self, batch: Batch, training: bool) -> list[MicroBatch]:
         """Cuts a share of sequences into micro-batches and hands them to the stages."""
-        size, device = self.plan.config.micro_batch_size, self.mesh.device
-        tensors = [torch.from_numpy(part).to(device, non_blocking=True) for part in batch]
-        batches = [MicroBatch(*parts) for parts in zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)]
+        batches = [*micro_batches(batch, self.plan.config.micro_batch_size, self._held(batch), self.mesh.device)]
         for bound in self._bound.values():
             bound.batches, bound.training = batches, training
         return batches
 
+    def _held(self, batch: Batch) -> NDArray[np.int64]:
+        """The positions of each sequence that this cp rank holds."""
+        held: NDArray[np.int64] = self.model.context_parallel.positions(batch.tokens.shape[1]).numpy()
+        return held
+
     def _shape(self, batch: Batch) -> tuple[int, ...]:
         """(s, B, D) of the activations between stages."""
-        length = batch.tokens.shape[1]
+        length = len(self._held(batch))
         if self.model.parallel.sequence_parallel:
             length //= self.model.parallel.size
         return (length, self.plan.config.micro_batch_size, self.plan.config.model.hidden)
@@ -183,7 +180,8 @@ class Engine:
     def _sums(self, losses: dict[int, Tensor], batch: Batch) -> tuple[float, int]:
         if not losses or not self._speaks:
             return 0.0, 0
-        return float(torch.stack(list(losses.values())).double().sum().item()), int(batch.weights.sum())
+        tokens = int(batch.weights[:, self._held(batch)].sum())
+        return float(torch.stack(list(losses.values())).double().sum().item()), tokens
 
     def _over_world(self, values: list[float]) -> list[float]:
         vector = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)

@@ -20,8 +20,9 @@ def evaluates(config: RunConfig, data: Dataset) -> bool:
 def open_trainer(plan: Plan, mesh: Mesh, dataset: Path) -> Trainer:
     """A rank's trainer at step 0. Raises DataError where the data set can't be read or is too short."""
     config, data = plan.config, open_dataset(dataset)
-    stream = ShardStream(data, "train", config.sequence_length, config.seed)
+    apart = config.data.document_mask
+    stream = ShardStream(data, "train", config.sequence_length, config.seed, documents=apart)
     validation = None
     if evaluates(config, data):
-        validation = ShardStream(data, "validation", config.sequence_length)
+        validation = ShardStream(data, "validation", config.sequence_length, documents=apart)
     return Trainer(plan, mesh, stream, validation, data_digest=data.hash)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import make_dataset, write_entry
 
+from raytron.data.batch import document_positions, document_starts
 from raytron.data.manifest import write_manifest
 from raytron.data.order import ShuffledOrder
 from raytron.data.shards import Dataset
@@ -45,7 +46,7 @@ def test_samples_are_slices_of_their_shard(dataset: Dataset) -> None:
 def test_every_number_of_parts_gives_the_same_global_batch(
     dataset: Dataset, first: int, count: int, parts: int
 ) -> None:
-    stream = ShardStream(dataset, "train", LENGTH, seed=1)
+    stream = ShardStream(dataset, "train", LENGTH, seed=1, documents=True)
     whole = stream.batch(first, count)
     pieces = [stream.batch(first, count, part, parts) for part in range(parts)]
     for name in whole._fields:
@@ -63,6 +64,27 @@ def test_changing_meshes_and_batches_lose_and_repeat_nothing(
         for part in range(parts):
             seen += ShardStream(dataset, "train", LENGTH, seed).batch(first, count, part, parts).ids.tolist()
     assert seen == list(range(len(seen)))
+
+
+def test_documents_are_told_apart(dataset: Dataset) -> None:
+    """The shard of documents of 30 and 31 tokens: sample 7 starts at token 28, so token 30 begins a document."""
+    batch = ShardStream(dataset, "train", LENGTH, seed=3, documents=True).batch(0, 25)
+    plain = ShardStream(dataset, "train", LENGTH, seed=3).batch(0, 25)
+    assert plain.documents is None
+    assert batch.documents is not None
+    assert batch.documents.dtype == np.int32
+    assert all(np.array_equal(mine, other) for mine, other in zip(batch[:3], plain[:3], strict=True))
+    row = batch.tokens[:, 0].tolist().index(29)
+    assert batch.documents[row].tolist() == [0, 0, 1, 1]
+    assert batch.weights[row].tolist() == [1, 0, 1, 1]  # token 30 ends its document: what follows is not its to tell
+    assert batch.documents.sum() == 2
+    assert (batch.weights == 0).sum() == 1
+
+
+def test_where_documents_begin_and_positions_in_them() -> None:
+    documents = np.array([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 3, 3]], np.int32)
+    assert document_starts(documents) == [[0, 2, 5], [0]]
+    assert document_positions(documents).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
 
 
 def test_seeds_and_epochs_differ_and_repeat(dataset: Dataset) -> None:

@@ -36,10 +36,14 @@ def tiny(model: str | dict[str, Any] = "llama", **changes: Any) -> RunConfig:
 
 
 def batch_of(config: RunConfig, step: int = 0, part: int = 0, parts: int = 1) -> Batch:
-    """A part of a step's random tokens, some of which don't count in the loss."""
+    """A part of a step's random tokens, some of which don't count in the loss; with documents, if they are kept apart."""
     length, count = config.sequence_length, config.global_batch_size
     ids = np.arange(step * count, (step + 1) * count)
     rows = np.stack([np.random.default_rng(int(i)).integers(0, config.model.vocab, length + 1) for i in ids])
     weights = np.stack([np.random.default_rng([int(i), 1]).random(length) < 0.8 for i in ids]).astype(np.float32)
     share = slice(part * count // parts, (part + 1) * count // parts)
-    return Batch(ids[share], rows[share, :-1], rows[share, 1:], weights[share])
+    documents = None
+    if config.data.document_mask:
+        begins = np.stack([np.random.default_rng([int(i), 2]).random(length) < 0.25 for i in ids])
+        documents = begins.cumsum(1).astype(np.int32)[share]
+    return Batch(ids[share], rows[share, :-1], rows[share, 1:], weights[share], documents)
