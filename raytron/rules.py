@@ -256,7 +256,7 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
 NOT_YET = {
     "mesh.ep": 1, "mesh.etp": 1, "mesh.replicate": 1,
     "model.experts.count": 0, "pipeline.layout": None, "determinism": "mesh",
-    "observe.gradient_noise": False, "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
+    "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
 }  # fmt: skip
 NOT_YET_VALUES = {
     "pipeline.schedule": ("auto",),

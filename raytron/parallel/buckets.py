@@ -85,6 +85,7 @@ class Bucket:
             self.share = torch.zeros(self.share_size, device=self.params[0].device)
         self.pending: list[Wait] = []
         self.reductions = 0
+        self.before_reduce: Callable[[Bucket], None] | None = None  # sees the sums of this rank alone
 
     def allocate(self) -> None:
         """Makes the sums, if they are not there, and points each parameter's `main_grad` into them."""
@@ -120,6 +121,8 @@ class Bucket:
             if param.fresh:
                 assert param.main_grad is not None
                 param.main_grad.zero_()
+        if self.before_reduce is not None:
+            self.before_reduce(self)
         if not self.sharded:
             self.pending.append(start_all_reduce(self.sums, self.over.every))
         else:

@@ -23,6 +23,7 @@ from raytron.errors import ConfigError
 from raytron.model.assemble import Assembly, assemble
 from raytron.model.stage import Stage
 from raytron.optim.names import layer_of, names_of_all
+from raytron.optim.noise import Noise, NoiseMeter, noise
 from raytron.optim.precision import LossScale
 from raytron.optim.sharded import ShardedOptimizer, clip_scale
 from raytron.optim.share import unmatched
@@ -34,6 +35,7 @@ from raytron.plan.plan import Plan
 from raytron.training.microbatch import MicroBatch, micro_batches
 
 REQUEST_BITS = 8
+NORM = "norm "  # before the name of a layer
 
 
 class StepResult(NamedTuple):
@@ -45,6 +47,7 @@ class StepResult(NamedTuple):
     skipped: bool  # the gradient was not finite, nothing was updated
     request: int  # the union of what the ranks were asked for
     layer_norms: dict[str, float]  # gradient norm of each layer, where asked for: "layers.3", "embed", ...
+    noise: Noise | None  # where asked for
 
 
 class _Bound:
@@ -80,6 +83,9 @@ class Engine:
         )
         self.layers = self._layers()
         self.optimizer = ShardedOptimizer(self.buckets, mesh, plan.config)
+        self.noise_meter: NoiseMeter | None = None
+        if plan.config.observe.gradient_noise:
+            self.noise_meter = NoiseMeter(self.buckets, mesh, {share.name for share in self.optimizer.trained})
         self.loss_scale = LossScale(plan.config.precision)
         self._bound = {number: _Bound(stage) for number, stage in self.model.stages.items()}
         self.pipeline = Pipeline(self._bound, plan.schedule, mesh, self.model.parallel.deferred, watch)
@@ -109,6 +115,8 @@ class Engine:
         sequences = sequences or self.plan.config.global_batch_size
         batches = self._bind(batch, training=True)
         self.buckets.begin(len(batches))
+        if self.noise_meter is not None:
+            self.noise_meter.begin()
         scale = self.loss_scale.value / self._nominal(sequences)
         schedule = self.plan.schedule_for(sequences)
         losses = self.pipeline.run(self._shape(batch), self.model.dtype, scale, schedule=schedule)
@@ -118,32 +126,60 @@ class Engine:
     def step(
         self, batch: Batch, lr: float, request: int = 0, *, sequences: int | None = None, layer_norms: bool = False
     ) -> StepResult:
-        """forward_backward and an update with rate `lr`; a non-finite gradient skips the update."""
+        """forward_backward and an update with rate `lr`; a non-finite gradient skips the update.
+
+        sequences: of the step over all ranks; None: global_batch_size. layer_norms: whether to report them.
+        """
+        sequences = sequences or self.plan.config.global_batch_size
         loss, tokens = self.forward_backward(batch, sequences)
-        bits = [float(request >> bit & 1) for bit in range(REQUEST_BITS)]
-        norms = self._squared_norms(layer_norms)
-        summed = self._over_world([loss, tokens, *bits, *norms.values()])
-        loss, real, asked = summed[0], summed[1], summed[2 : 2 + REQUEST_BITS]
-        squared = dict(zip(norms, summed[2 + REQUEST_BITS :], strict=True))
-        mend = self._nominal(sequences or self.plan.config.global_batch_size) / max(real, 1.0) / self.loss_scale.value
-        grad_norm = math.sqrt(sum(squared.values())) * mend
+        sums = self._over_world(
+            {
+                "loss": loss,
+                "tokens": tokens,
+                **{f"request {bit}": float(request >> bit & 1) for bit in range(REQUEST_BITS)},
+                **self._squares(layer_norms),
+            }
+        )
+        real = max(sums["tokens"], 1.0)
+        mend = self._nominal(sequences) / real / self.loss_scale.value
+        norms = {key: math.sqrt(sums[key]) * mend for key in sums if key.startswith(NORM)}
+        grad_norm = math.hypot(*norms.values())
         skipped = not math.isfinite(grad_norm)
         if not skipped:
             self.optimizer.step(lr, mend * clip_scale(grad_norm, self.plan.config.optimizer.clip_norm))
         self.loss_scale.update(finite=not skipped)
-        union = sum(1 << bit for bit, count in enumerate(asked) if count > 0)
-        by_layer = {layer: math.sqrt(value) * mend for layer, value in squared.items() if layer}
-        return StepResult(loss / max(real, 1.0), grad_norm, int(real), skipped, union, by_layer)
+        return StepResult(
+            loss=sums["loss"] / real,
+            grad_norm=grad_norm,
+            tokens=int(sums["tokens"]),
+            skipped=skipped,
+            request=sum(1 << bit for bit in range(REQUEST_BITS) if sums[f"request {bit}"] > 0),
+            layer_norms={key.removeprefix(NORM): norm for key, norm in norms.items() if key != NORM},
+            noise=self._noise(sums, mend, sequences),
+        )
 
-    def _squared_norms(self, by_layer: bool) -> dict[str, float]:
-        """This rank's part of the squared gradient norm, under "" or by layer; the same keys on all ranks."""
+    def _squares(self, by_layer: bool) -> dict[str, float]:
+        """This rank's parts of squared gradient norms; the same keys on all ranks. Those that begin with NORM add up to the
+        whole one."""
         names, values = self.optimizer.squared_norms()
-        if not by_layer:
-            return {"": values.sum().item()}
-        out = dict.fromkeys(self.layers, 0.0)
-        for name, value in zip(names, values.tolist(), strict=True):
-            out[layer_of(name)] += value
+        meter = self.noise_meter
+        if not by_layer and meter is None:
+            return {NORM: values.sum().item()}
+        each = dict(zip(names, values.tolist(), strict=True))
+        out = dict.fromkeys((NORM + layer for layer in self.layers), 0.0) if by_layer else {NORM: 0.0}
+        for name, value in each.items():
+            out[NORM + layer_of(name) if by_layer else NORM] += value
+        if meter is not None:
+            out |= {"noise small": meter.local(), "noise big": meter.summed(each)}
         return out
+
+    def _noise(self, sums: dict[str, float], mend: float, sequences: int) -> Noise | None:
+        if self.noise_meter is None:
+            return None
+        dp = (
+            self.mesh.shape.dp
+        )  # a rank's own gradient, like the sum of all, is divided by the tokens of the whole batch
+        return noise(sums["noise small"] * dp * mend**2, sums["noise big"] * mend**2, sequences, dp)
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """(Σ weight · loss, Σ weight) over this dp rank's share and all others', equal on all ranks; no dropout.
@@ -152,8 +188,9 @@ class Engine:
         """
         self._bind(batch, training=False)
         losses = self.pipeline.run(self._shape(batch), self.model.dtype, 0.0, schedule=self.plan.evaluation)
-        loss, tokens = self._over_world([*self._sums(losses, batch)])
-        return loss, int(tokens)
+        loss, tokens = self._sums(losses, batch)
+        sums = self._over_world({"loss": loss, "tokens": tokens})
+        return sums["loss"], int(sums["tokens"])
 
     def _nominal(self, sequences: int) -> int:
         return sequences * self.plan.config.sequence_length
@@ -183,7 +220,7 @@ class Engine:
         tokens = int(batch.weights[:, self._held(batch)].sum())
         return float(torch.stack(list(losses.values())).double().sum().item()), tokens
 
-    def _over_world(self, values: list[float]) -> list[float]:
-        vector = torch.tensor(values, dtype=torch.float64, device=self.mesh.device)
-        out: list[float] = all_reduce(vector, self.mesh.world).tolist()
-        return out
+    def _over_world(self, values: dict[str, float]) -> dict[str, float]:
+        """The sums over all ranks of values under the same names."""
+        vector = torch.tensor(list(values.values()), dtype=torch.float64, device=self.mesh.device)
+        return dict(zip(values, all_reduce(vector, self.mesh.world).tolist(), strict=True))

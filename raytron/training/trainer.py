@@ -80,6 +80,8 @@ class Trainer:
             record["skipped_steps"] = self.skipped_steps
         if result.skipped:
             record["skipped"] = True
+        if result.noise is not None:
+            record |= {f"gradient_noise/{key}": value for key, value in result.noise._asdict().items()}
         return record | {f"grad_norm/{layer}": norm for layer, norm in result.layer_norms.items()}
 
     def evaluate(self) -> Record:

@@ -34,7 +34,7 @@ def run_rank(rank: int, config: RunConfig, steps: int) -> tuple[list[Any], float
     batches = [batch_of(config, step, mesh.coords.dp, mesh.shape.dp) for step in range(steps)]
     real = float(batch_of(config).weights.sum())
     engine.forward_backward(batches[0])
-    mend = config.global_batch_size * config.sequence_length / real
+    mend = config.global_batch_size * config.sequence_length / real / engine.loss_scale.value
     gradients = pieces({o.param.full_name: o.slice(o.gradient * mend, mesh) for o in engine.buckets.owned})
     results = [
         engine.step(batch, learning_rate(config.lr, config.lr_horizon, step)) for step, batch in enumerate(batches)
@@ -44,8 +44,11 @@ def run_rank(rank: int, config: RunConfig, steps: int) -> tuple[list[Any], float
 
 
 def pieces(slices: dict[str, Any]) -> list[Any]:
-    """Slices as plain arrays, to send home."""
-    return [(n.removeprefix("model."), s.shape, s.offsets, s.tensor.detach().numpy().copy()) for n, s in slices.items()]
+    """Slices as plain fp32 arrays, to send home."""
+    return [
+        (name.removeprefix("model."), part.shape, part.offsets, part.tensor.detach().float().numpy().copy())
+        for name, part in slices.items()
+    ]
 
 
 def whole(parts: list[list[Any]]) -> dict[str, torch.Tensor]:
