@@ -371,7 +371,8 @@ def _parameter_groups(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{where}.weight_decay", f"{group.weight_decay:g} is too small", "use 0 or more, or null")
         earlier = [other.match for other in config.optimizer.groups[:index]]
         if group.match in earlier or "*" in earlier:
-            what = f"{group.match!r} comes after {'*' if '*' in earlier else group.match!r}, which matches all of it"
+            first = "*" if "*" in earlier else group.match
+            what = f"{group.match!r} comes after {first!r}, which matches all of it"
             yield Problem(f"{where}.match", what, "put it first: the first group that matches a name holds")
     if any(group.match == "*" and group.freeze for group in config.optimizer.groups[:1]):
         yield Problem("optimizer.groups[0].freeze", "freezes every parameter", "leave some to train")
@@ -408,9 +409,10 @@ def _batch_ramp(config: RunConfig) -> Iterator[Problem]:
 def _ramp_levels(config: RunConfig) -> Iterator[Problem]:
     """Every batch size on the way obeys what the full one obeys; the first that does not is told."""
     checks = [check for reads, check in RULES if "global_batch_size" in reads.split() and check is not _batch_ramp]
+    told = {problem.where for check in checks for problem in check(config)}
     for size in config.batch_sizes[:-1]:
         level = dataclasses.replace(config, global_batch_size=size)
-        found = [problem for check in checks for problem in check(level) if problem.where == "global_batch_size"]
+        found = [problem for check in checks for problem in check(level) if problem.where not in told]
         if found:
             where = "batch_ramp.start" if size == config.batch_ramp.start else "batch_ramp.increment"
             unit = config.micro_batch_size * config.mesh.dp

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytron.config import SCHEDULE_CHUNKS, DataParallelConfig, RunConfig, flatten, to_mapping
+from raytron.config import (
+    SCHEDULE_CHUNKS,
+    DataParallelConfig,
+    OptimizerConfig,
+    ParameterGroup,
+    RunConfig,
+    flatten,
+    from_mapping,
+    to_mapping,
+)
+from raytron.errors import ConfigError
 from raytron.plan.plan import make_plan
 from raytron.rules import RANGES, RULES, problems
 
@@ -116,6 +126,61 @@ CASES = [
     ({"model.dropout": 1.0}, "model.dropout", "too large", "less than 1"),
     ({"data.validation_fraction": 0}, "data.validation_fraction", "too small", "more than 0"),
     ({"optimizer.beta2": 1}, "optimizer.beta2", "too large", "less than 1"),
+    ({"optimizer.momentum": 1}, "optimizer.momentum", "too large", "less than 1"),
+    ({"optimizer.groups": [{"match": "*", "lr": -1}]}, "optimizer.groups[0].lr", "-1 is too small", "0 or more"),
+    (
+        {"optimizer.groups": [{"weight_decay": -0.1}]},
+        "optimizer.groups[0].weight_decay",
+        "too small",
+        "use 0 or more, or null",
+    ),
+    (
+        {"optimizer.groups": [{"match": "*", "lr": 2}, {"match": "embed.*"}]},
+        "optimizer.groups[1].match",
+        "comes after '*'",
+        "put it first",
+    ),
+    ({"optimizer.groups": [{"freeze": True}]}, "optimizer.groups[0].freeze", "every parameter", "leave some"),
+    (
+        {"precision.stochastic_rounding": True},
+        "precision.stochastic_rounding",
+        "nothing is rounded",
+        "bf16 for precision.dtype or moments",
+    ),
+    ({"precision.loss_scale": 0}, "precision.loss_scale", "too small", "more than 0"),
+    ({"batch_ramp.samples": 8}, "batch_ramp.start", "is null", "name the first"),
+    ({"batch_ramp.start": 16}, "batch_ramp.start", "no rise to the global batch of 16", "less than 16, or null"),
+    (
+        {"batch_ramp.start": 4, "batch_ramp.increment": 5, "batch_ramp.samples": 64},
+        "batch_ramp.increment",
+        "steps of 5 don't lead from 4 to 16",
+        "use 1, 2, 3, 4, 6 or 12",
+    ),
+    (
+        {"batch_ramp.start": 4, "batch_ramp.increment": 4, "batch_ramp.samples": 2},
+        "batch_ramp.samples",
+        "too few for 3 batch sizes",
+        "use 4 or more",
+    ),
+    (
+        {"batch_ramp.start": 3, "batch_ramp.increment": 1, "batch_ramp.samples": 64, "mesh.dp": 2},
+        "batch_ramp.start",
+        "on the way to 16: 3 sequences cannot be cut",
+        "multiples of 2 (micro-batch × dp)",
+    ),
+    (
+        {"batch_ramp.start": 4, "batch_ramp.increment": 3, "batch_ramp.samples": 64, "mesh.dp": 2},
+        "batch_ramp.increment",
+        "on the way to 16: 7 sequences cannot be cut",
+        "multiples of 2",
+    ),
+    ({"observe.gradient_noise": True}, "observe.gradient_noise", "there is one", "mesh.dp of 2 or more"),
+    (
+        {"observe.gradient_noise": True, "mesh.dp": 2, "data_parallel.zero": 2},
+        "observe.gradient_noise",
+        "no rank ever holds its own gradient",
+        "data_parallel.zero of 0 or 1",
+    ),
     ({"evaluate.prompt": " "}, "evaluate.prompt", "is empty", "or null"),
     ({"run_dir": ""}, "run_dir", "is empty", "give a text"),
     ({"data.sources": []}, "data.sources", "no sources", "python-stdlib"),
@@ -149,6 +214,20 @@ def test_values_of_a_wrong_type_do_not_hide_the_rest():
         "data_parallel.zero": "give one of 0, 1, 2, 3",
         "run_dir": "give a text",
     }
+
+
+def test_lists_of_sections_are_read_written_and_checked():
+    groups = [{"match": "embed.*", "lr": 0.5}, {"match": "layers.0.*", "freeze": True}]
+    config = RunConfig().replace(**{"optimizer.groups": groups})
+    assert from_mapping(to_mapping(config)) == config
+    with pytest.raises(ConfigError) as caught:
+        from_mapping({"optimizer": {"groups": [{"match": "*", "rate": 1}, {"lr": "fast"}]}})
+    assert [problem.where for problem in caught.value.problems] == [
+        "optimizer.groups[0].rate",
+        "optimizer.groups[1].lr",
+    ]
+    broken = OptimizerConfig(groups=(ParameterGroup(lr="fast"),))  # type: ignore[arg-type]
+    assert [problem.where for problem in problems(RunConfig(optimizer=broken))] == ["optimizer.groups[0].lr"]
 
 
 def test_every_key_named_in_a_rule_exists():
