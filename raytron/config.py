@@ -34,6 +34,7 @@ SCHEDULE_CHUNKS: dict[str, tuple[int, int | None]] = {  # least and most model c
     "zb-h1": (1, 1), "zb-h2": (1, 1), "zb-v": (2, 2), "v-half": (2, 2), "v-min": (2, 2), "dualpipe-v": (2, 2),
     "auto": (1, None),
 }  # fmt: skip
+V_SHAPED = ("zb-v", "v-half", "v-min", "dualpipe-v")  # a rank's two chunks are stages r and 2·pp - 1 - r
 OptimizerName = Literal["adamw", "muon", "lion", "sgd"]
 RecomputeName = Literal["none", "selective", "full"]
 RecomputePart = Literal["attention", "norm", "activation", "dropout"]

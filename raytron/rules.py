@@ -8,14 +8,25 @@ Nothing is changed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
-from raytron.config import SCHEDULE_CHUNKS, RecomputePart, RunConfig, divisors, flatten, from_mapping, to_mapping
+from raytron.config import (
+    SCHEDULE_CHUNKS,
+    V_SHAPED,
+    RecomputePart,
+    RunConfig,
+    divisors,
+    flatten,
+    from_mapping,
+    to_mapping,
+)
 from raytron.errors import ConfigError, Problem
+from raytron.stages import read_stages
 
 
 def problems(config: RunConfig) -> list[Problem]:
@@ -129,9 +140,9 @@ def _any_of(values: Iterable[int], near: int) -> str:
     return ", ".join(map(str, nearest[:-1])) + f" or {nearest[-1]}"
 
 
-def _one_of(names: Sequence[str]) -> str:
+def _one_of(names: Sequence[str], word: str = "or") -> str:
     """Names as a phrase."""
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" or {names[-1]}"
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + f" {word} {names[-1]}"
 
 
 def _around(value: int, step: int) -> str:
@@ -255,7 +266,7 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
 # what may be written already, and is not there yet: the key, its neutral value
 NOT_YET = {
     "mesh.ep": 1, "mesh.etp": 1, "mesh.replicate": 1,
-    "model.experts.count": 0, "pipeline.layout": None, "determinism": "mesh",
+    "model.experts.count": 0, "determinism": "mesh",
     "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
 }  # fmt: skip
 NOT_YET_VALUES = {
@@ -277,21 +288,54 @@ def _unsupported(config: RunConfig) -> Iterator[Problem]:
 
 def _stages(config: RunConfig) -> Iterator[Problem]:
     layers, pp, chunks = config.model.layers, config.mesh.pp, config.pipeline.chunks
-    stages, split = pp * chunks, config.pipeline.split
-    if layers < stages:
+    stages, (where, split) = pp * chunks, _given_stages(config)
+    if layers < stages and split is None:
         what = f"{layers} layers cannot fill {stages} stages (pp {pp} × {chunks} virtual)"
         remedy = f"use at most {layers} stages, or at least {stages} layers"
         yield Problem("mesh.pp" if chunks == 1 else "pipeline.virtual_stages", what, remedy)
     if split is None:
         return
+    if config.pipeline.split is not None and config.pipeline.layout is not None:
+        yield Problem("pipeline.layout", "stands beside pipeline.split", "set one of them to null")
     if len(split) != stages:
         what = f"{len(split)} entries for {stages} stages (pp {pp} × {chunks} virtual)"
-        yield Problem("pipeline.split", what, f"give {stages} entries, or null for a balanced split")
-    if any(size < 1 for size in split):
-        yield Problem("pipeline.split", f"{list(split)} leaves a stage without a layer", "give each at least 1")
+        yield Problem(where, what, f"give {stages} entries, or null for a balanced split")
+    elif any(size < 0 for size in split):
+        yield Problem(where, f"{list(split)} has a negative number of layers", "give each 0 or more")
+    elif empty := _empty_ranks(config.pipeline.schedule, split, pp):
+        what = f"{list(split)} leaves {_one_of([f'rank {rank}' for rank in empty], 'and')} with nothing"
+        yield Problem(where, what, "give one of its stages a layer")
     if sum(split) != layers:
         what = f"{' + '.join(map(str, split))} = {sum(split)} layers, and the model has {layers}"
-        yield Problem("pipeline.split", what, f"let them sum to {layers}, or set null for a balanced split")
+        yield Problem(where, what, f"let them sum to {layers}, or set null for a balanced split")
+
+
+def _given_stages(config: RunConfig) -> tuple[str, tuple[int, ...] | None]:
+    """Which key gives the layers of each stage, and what it says; None where it is for the plan to decide."""
+    if config.pipeline.layout is None:
+        return "pipeline.split", config.pipeline.split
+    with contextlib.suppress(ConfigError):
+        return "pipeline.layout", read_stages(config.pipeline.layout)
+    return "pipeline.layout", None
+
+
+def _layout(config: RunConfig) -> Iterator[Problem]:
+    if config.pipeline.layout is not None:
+        try:
+            read_stages(config.pipeline.layout)
+        except ConfigError as error:
+            yield from error.problems
+
+
+def _empty_ranks(schedule: str, split: Sequence[int], pp: int) -> list[int]:
+    """Pipeline ranks that would hold no parameter."""
+    filled = {0, len(split) - 1, *(stage for stage, size in enumerate(split) if size)}
+    ranks = {_rank_of(stage, len(split), pp, schedule in V_SHAPED) for stage in filled}
+    return [rank for rank in range(pp) if rank not in ranks]
+
+
+def _rank_of(stage: int, stages: int, pp: int, v: bool) -> int:
+    return stages - 1 - stage if v and stage >= pp else stage % pp
 
 
 def _batch(config: RunConfig) -> Iterator[Problem]:
@@ -479,7 +523,8 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     (f"{_HEADS} mesh.tp mesh.cp mesh.cp_all_to_all", _all_to_all),
     ("sequence_length model.max_positions model.positions evaluate.prompt_tokens", _positions),
     ("", _unsupported),
-    ("model.layers mesh.pp pipeline.virtual_stages pipeline.split", _stages),
+    ("model.layers mesh.pp pipeline.virtual_stages pipeline.split pipeline.layout", _stages),
+    ("pipeline.layout", _layout),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
     ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _schedule_batch),

@@ -8,18 +8,19 @@ another plan.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 from raytron.config import RunConfig
 from raytron.errors import ConfigError
-from raytron.plan import draw, flops, split
+from raytron.plan import draw, flops
 from raytron.plan.cluster import ClusterShape, NodeShape, too_small
 from raytron.plan.memory import Memory, estimate
 from raytron.plan.mesh import MeshShape
 from raytron.plan.schedule import Schedule, forward_only, generate
 from raytron.plan.simulate import Cost, Timeline, simulate
+from raytron.plan.weigh import stage_cost, stages_of
 from raytron.rules import problems
 
 __all__ = ["ClusterShape", "NodeShape", "Plan", "make_plan"]
@@ -89,7 +90,7 @@ def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
     if found:
         raise ConfigError(found)
     pp, chunks = config.mesh.pp, config.pipeline.chunks
-    stages = split.ranges(config.pipeline.split or split.balanced(layer_costs(config), pp * chunks))
+    stages = stages_of(config, pp * chunks)
     cost = stage_cost(config, stages)
     schedule = generate(config.pipeline.schedule, pp, chunks, config.microbatches, cost)
     evaluation = forward_only(schedule.rank_of, config.microbatches)
@@ -111,36 +112,6 @@ def _generated(name: str, pp: int, chunks: int, microbatches: int, cost: Cost) -
     schedule = generate(name, pp, chunks, microbatches, cost)
     simulate(schedule)
     return schedule
-
-
-def layer_costs(config: RunConfig) -> list[float]:
-    """Forward FLOPs of each layer for one token, the embedding counted with the first and the head with the last.
-
-    The embedding's look-up has no FLOPs; it counts as one pass over the hidden channels.
-    """
-    model = config.model
-    costs = [flops.layer_forward_flops(model, config.sequence_length)] * model.layers
-    costs[0] += 2 * model.hidden
-    costs[-1] += flops.head_forward_flops(model)
-    return costs
-
-
-def stage_cost(config: RunConfig, stages: Sequence[tuple[int, int]]) -> Cost:
-    """What one micro-batch costs in each stage, by FLOPs, the mean forward of a stage being 1; transfers are free.
-
-    The attention itself has no weights: its backward belongs to the input gradient alone.
-    """
-    costs = layer_costs(config)
-    attention = flops.attention_forward_flops(config.model, config.sequence_length)
-    forward = [sum(costs[begin:end]) for begin, end in stages]
-    scores = [attention * (end - begin) for begin, end in stages]
-    unit = sum(forward) / len(forward)
-    pairs = list(zip(forward, scores, strict=True))
-    return Cost(
-        forward=tuple(f / unit for f in forward),
-        input_grad=tuple((f + s) / unit for f, s in pairs),
-        weight_grad=tuple((f - s) / unit for f, s in pairs),
-    )
 
 
 def _warnings(plan: Plan, cluster: ClusterShape) -> Iterator[str]:
@@ -185,7 +156,8 @@ def _ramp(plan: Plan) -> str:
 def _pipeline(plan: Plan) -> str:
     runs = [(size, len(list(same))) for size, same in groupby(end - begin for begin, end in plan.stages)]
     shown = " ".join(f"{size}" if count == 1 else f"{count}×{size}" for size, count in runs)
-    how = "as configured" if plan.config.pipeline.split else "balanced by cost"
+    pipeline = plan.config.pipeline
+    how = "balanced by cost" if pipeline.split is None and pipeline.layout is None else "as configured"
     head = [
         f"stages    {shown} layers, {how} with embedding and loss head",
         f"schedule  {plan.schedule.name}, expected bubble {100 * plan.bubble:.1f} % of the busiest rank, "

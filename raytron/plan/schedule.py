@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from raytron.config import SCHEDULE_CHUNKS
+from raytron.config import SCHEDULE_CHUNKS, V_SHAPED
 from raytron.errors import ScheduleError
 from raytron.plan import greedy, patterns
 from raytron.plan.actions import Action, Op, Row, Schedule, round_robin, v_shape
@@ -53,7 +53,6 @@ GENERATORS: dict[str, Callable[[_Size], Schedule]] = {
     "v-min": lambda size: greedy.v_min(size.pp, size.microbatches, size.cost),
     "dualpipe-v": lambda size: dualpipe_v(size.pp, size.microbatches),
 }
-V_SHAPED = ("zb-v", "v-half", "v-min", "dualpipe-v")
 
 
 def generate(name: str, pp: int, virtual_stages: int, microbatches: int, cost: Cost = UNIT) -> Schedule:

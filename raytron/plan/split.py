@@ -18,20 +18,26 @@ from itertools import accumulate
 Range = tuple[int, int]  # layers [first, one past the last)
 
 
-def balanced(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+def balanced(costs: Sequence[float], stages: int, before: float = 0.0, after: float = 0.0) -> tuple[int, ...]:
     """How many layers each stage takes, given the cost of each layer (not negative), so that the slowest is fastest.
 
-    The costs of what comes before the first layer and after the last count with those layers. Every stage gets at least
-    one layer. Raises ValueError where there are fewer layers than stages, or for a negative cost.
+    before, after: the cost of what opens the first stage and closes the last (embedding and loss head). It is weighed like
+    a layer: the first or the last stage may have no other where that is best, as with a large vocabulary. Every other stage
+    gets at least one layer. Raises ValueError where there are fewer layers than stages, or for a negative cost.
     """
     if not 1 <= stages <= len(costs):
         raise ValueError(f"{len(costs)} layers cannot fill {stages} stages")
-    if min(costs) < 0:
-        raise ValueError("a layer's cost can't be negative")
-    if len(set(costs)) == 1 and len(costs) % stages == 0:
+    if min(*costs, before, after) < 0:
+        raise ValueError("a cost can't be negative")
+    if len({*costs, before + costs[0], after + costs[0]}) == 1 and len(costs) % stages == 0:
         return (len(costs) // stages,) * stages
-    total = (0.0, *accumulate(costs))
-    return _most_even(total, stages, _smallest_maximum(total, stages))
+    opens, closes = before > 0, after > 0
+    items = [*([before] if opens else []), *costs, *([after] if closes else [])]
+    total = (0.0, *accumulate(items))
+    sizes = list(_most_even(total, stages, _smallest_maximum(total, stages)))
+    sizes[0] -= opens
+    sizes[-1] -= closes
+    return tuple(sizes)
 
 
 def ranges(sizes: Sequence[int]) -> tuple[Range, ...]:

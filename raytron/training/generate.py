@@ -24,7 +24,8 @@ from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
 
 ALONE = {"mesh.pp": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1, "mesh.ep": 1, "micro_batch_size": 1,
-         "pipeline.schedule": "1f1b", "pipeline.virtual_stages": 1, "pipeline.split": None,
+         "pipeline.schedule": "1f1b", "pipeline.virtual_stages": None, "pipeline.split": None,
+         "pipeline.layout": None,
          "data_parallel.zero": 0}  # fmt: skip
 
 

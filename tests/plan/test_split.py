@@ -38,6 +38,25 @@ def test_the_head_takes_layers_off_the_last_stage():
     assert balanced([2.0] * 8, 4) == (2, 2, 2, 2)
 
 
+@given(cost_lists, st.integers(1, 40), st.integers(1, 40), st.data())
+def test_embedding_and_head_are_weighed_like_layers(costs, before, after, data):
+    stages = data.draw(st.integers(1, len(costs)))
+    sizes = balanced([float(cost) for cost in costs], stages, before, after)
+    assert sum(sizes) == len(costs)
+    assert min(sizes[1:-1], default=1) >= 1
+    items = [before, *costs, after]
+    goal = min(max(stage_costs(items, cut)) for cut in all_cuts(len(items), stages))
+    whole = [sizes[0] + 1, *sizes[1:]]
+    whole[-1] += 1
+    assert max(stage_costs(items, whole)) == goal
+
+
+def test_a_large_head_stands_alone():
+    assert balanced([1.0] * 6, 3, 0.5, 8.0) == (3, 3, 0)
+    assert balanced([1.0] * 6, 3, 0.5, 0.5) == (2, 2, 2)
+    assert balanced([1.0] * 6, 2, 7.0, 0.5) == (0, 6)
+
+
 def test_large_splits_are_quick():
     sizes = balanced([3.0] + [1.0] * 510 + [9.5], 64)
     assert sum(sizes) == 512
