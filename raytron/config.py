@@ -141,9 +141,9 @@ class PipelineConfig:
 class DataParallelConfig:
     zero: Literal[0, 1, 2, 3] = 1  # 0: all-reduce; sharded are 1: optimizer state; 2: gradients too; 3: weights too
     bucket_mb: float = 25.0  # gradient bucket size in MiB of fp32
-    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel; they are summed up locally in fp32
-    prefetch: int = 1  # ZeRO 3: blocks whose weights are gathered ahead of use
-    offload: bool = False  # optimizer state and masters live in host memory
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel; micro-batches are summed in fp32
+    prefetch: int = 1  # blocks whose weights are gathered ahead of use: after an update, and always under ZeRO 3
+    offload: bool = False  # gradient shares, masters and optimizer state live in host memory, and are updated there
 
 
 @dataclass(frozen=True)

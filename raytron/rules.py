@@ -105,7 +105,8 @@ RANGES: tuple[Range, ...] = (
     *_more_than_zero("model.norm_eps model.rope_theta"),
     *_at_least(0, "model.init_std"),
     *_share("model.dropout model.attention_dropout"),
-    *_at_least(1, "mesh.pp mesh.dp mesh.cp mesh.cp_all_to_all mesh.tp mesh.ep pipeline.virtual_stages"),
+    *_at_least(1, "mesh.pp mesh.dp mesh.replicate mesh.cp mesh.cp_all_to_all mesh.tp mesh.ep pipeline.virtual_stages"),
+    *_at_least(0, "data_parallel.prefetch"),
     *_more_than_zero("data_parallel.bucket_mb"),
     *_share("optimizer.beta1 optimizer.beta2 optimizer.momentum"),
     Range("optimizer.newton_schulz_steps", 1, 20),
@@ -265,13 +266,10 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
 
 # what may be written already, and is not there yet: the key, its neutral value
 NOT_YET = {
-    "mesh.ep": 1, "mesh.etp": 1, "mesh.replicate": 1,
-    "model.experts.count": 0, "determinism": "mesh",
-    "data_parallel.reduce_dtype": "fp32", "data_parallel.offload": False,
+    "mesh.ep": 1, "mesh.etp": 1, "model.experts.count": 0,
 }  # fmt: skip
 NOT_YET_VALUES = {
     "pipeline.schedule": ("auto",),
-    "data_parallel.zero": (3,),
 }  # fmt: skip
 
 
@@ -343,6 +341,42 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
     if batch % (micro * dp):
         what = f"{batch} sequences cannot be cut in micro-batches of {micro} on {dp} data-parallel ranks"
         yield Problem("global_batch_size", what, f"use {_around(batch, micro * dp)}")
+
+
+def _replicas(config: RunConfig) -> Iterator[Problem]:
+    dp, replicate = config.mesh.dp, config.mesh.replicate
+    if dp % replicate:
+        what = _divide(dp, "data-parallel ranks", replicate)
+        yield Problem("mesh.replicate", what, f"use {_any_of(divisors(dp), replicate)}")
+    elif replicate > 1 and config.data_parallel.zero == 0:
+        what = "ZeRO 0 shares out nothing, so every data-parallel rank is a replica"
+        yield Problem("mesh.replicate", what, "use 1, or set data_parallel.zero to 1, 2 or 3")
+
+
+def _offload(config: RunConfig) -> Iterator[Problem]:
+    if config.data_parallel.offload and config.optimizer.name == "muon":
+        what = "muon brings matrices together over the devices' network, and offload keeps them on the host"
+        yield Problem("data_parallel.offload", what, "set it to false, or use adamw, lion or sgd")
+
+
+CANONICAL_OPTIMIZERS = ("adamw", "lion", "sgd")  # an element's update does not depend on the others
+
+
+def _canonical(config: RunConfig) -> Iterator[Problem]:
+    if config.determinism != "canonical":
+        return
+    if config.cluster.threads_per_worker is None:
+        what = "determinism: canonical needs one number of threads, which sums in matrix products depend on"
+        yield Problem("cluster.threads_per_worker", what, "use 1, or another number that stays the same")
+    if config.data_parallel.reduce_dtype != "fp32":
+        what = "sums that are rounded on their way depend on which rank made them, against determinism: canonical"
+        yield Problem("data_parallel.reduce_dtype", what, "use fp32, or set determinism to mesh")
+    if config.mesh.ep > 1:
+        what = "an expert on its own rank adds up tokens of several micro-batches, against determinism: canonical"
+        yield Problem("mesh.ep", what, "use 1, or set determinism to mesh")
+    if config.optimizer.name not in CANONICAL_OPTIMIZERS:
+        what = f"{config.optimizer.name} does not update each element on its own, against determinism: canonical"
+        yield Problem("optimizer.name", what, f"use {', '.join(CANONICAL_OPTIMIZERS)}, or set determinism to mesh")
 
 
 def _schedule(config: RunConfig) -> Iterator[Problem]:
@@ -474,6 +508,9 @@ def _gradient_noise(config: RunConfig) -> Iterator[Problem]:
     if config.data_parallel.zero > 1:
         what = "with ZeRO 2 and 3 no rank ever holds its own gradient of the whole step"
         yield Problem("observe.gradient_noise", what, "use false, or data_parallel.zero of 0 or 1")
+    if config.determinism == "canonical":
+        what = "determinism: canonical sums micro-batches by its own tree, and no rank its own gradient"
+        yield Problem("observe.gradient_noise", what, "use false, or determinism: mesh")
     if config.mesh.cp > 1:
         what = "context-parallel ranks see parts of the same sequences"
         yield Problem("observe.gradient_noise", what, "use false, or mesh.cp of 1")
@@ -526,6 +563,9 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("model.layers mesh.pp pipeline.virtual_stages pipeline.split pipeline.layout", _stages),
     ("pipeline.layout", _layout),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
+    ("mesh.dp mesh.replicate data_parallel.zero", _replicas),
+    ("data_parallel.offload optimizer.name", _offload),
+    ("", _canonical),
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
     ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _schedule_batch),
     ("mesh.pp pipeline.virtual_stages memory.recompute_every", _recompute),
@@ -537,7 +577,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
         "global_batch_size micro_batch_size mesh.dp mesh.pp batch_ramp.start batch_ramp.increment batch_ramp.samples",
         _batch_ramp,
     ),
-    ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero", _gradient_noise),
+    ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero determinism", _gradient_noise),
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
     ("", _texts),
     ("resume.allow", _resume),

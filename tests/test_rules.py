@@ -18,6 +18,7 @@ from raytron.errors import ConfigError
 from raytron.plan.plan import make_plan
 from raytron.rules import RANGES, RULES, problems
 
+CANONICAL = {"determinism": "canonical", "cluster.threads_per_worker": 1}
 CASES = [
     (
         {"model.heads": 7},
@@ -89,6 +90,13 @@ CASES = [
     ),
     ({"mesh.pp": 2, "pipeline.split": [1, 2]}, "pipeline.split", "1 + 2 = 3 layers", "sum to 4"),
     ({"micro_batch_size": 3}, "global_batch_size", "16 sequences", "use 15 or 18"),
+    ({"mesh.dp": 8, "mesh.replicate": 3}, "mesh.replicate", "8 data-parallel ranks", "use 1, 2, 4 or 8"),
+    ({"mesh.dp": 4, "mesh.replicate": 2, "data_parallel.zero": 0}, "mesh.replicate", "ZeRO 0", "1, 2 or 3"),
+    ({"data_parallel.prefetch": -1}, "data_parallel.prefetch", "too small", "0 or more"),
+    ({"determinism": "canonical"}, "cluster.threads_per_worker", "one number of threads", "use 1"),
+    ({**CANONICAL, "data_parallel.reduce_dtype": "bf16"}, "data_parallel.reduce_dtype", "rounded", "use fp32"),
+    ({**CANONICAL, "optimizer.name": "muon"}, "optimizer.name", "each element on its own", "use adamw, lion, sgd"),
+    ({"data_parallel.offload": True, "optimizer.name": "muon"}, "data_parallel.offload", "muon", "set it to false"),
     ({"pipeline.virtual_stages": 2}, "pipeline.virtual_stages", "1f1b has one model chunk", "to interleaved"),
     (
         {"pipeline.schedule": "interleaved", "pipeline.virtual_stages": 2},

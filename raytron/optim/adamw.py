@@ -5,7 +5,8 @@
 
 With fp32 moments the arithmetic is torch's own fused kernel, run on the owned shares. With bf16 moments it is written out
 here: moments are read into fp32, changed, and rounded back. (A bf16 v moves by less than its last bit where 1 − β₂ is below
-2⁻⁹: use stochastic rounding there.)
+2⁻⁹: use stochastic rounding there.) It is written out under `determinism: canonical`, too: the fused kernel rounds the last
+few elements of a tensor otherwise than those before, so that an update would depend on how a parameter is shared out.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     gradient share ─► Optimizer (adamw | muon + adamw | lion | sgd) ─► fp32 master ─► cast ─► gathered over dp ─► parameters
 
-A share's master is the parameter itself where it is fp32 and owned whole, else an fp32 copy of the share. All optimizers
+A share's master is the parameter itself where it is fp32 and owned whole, else an fp32 copy of the share, under `offload`
+on the host. All optimizers
 decouple weight decay from the gradient; it skips norms, biases and embeddings unless `decay_all` or a group says otherwise.
 """
 
@@ -54,7 +55,7 @@ class ShardedOptimizer:
         config = self.config
         if not shares:
             return []
-        if config.precision.moments == "fp32":
+        if config.precision.moments == "fp32" and config.determinism != "canonical":
             return [FusedAdamW(shares, config.optimizer)]
         return [AdamW(shares, config.optimizer, config.precision, self.rounding)]
 
@@ -75,7 +76,7 @@ class ShardedOptimizer:
         they count every parameter once. Frozen ones have no part."""
         counted = [share for share in self.trained if share.owned.counted and share.gradient.numel()]
         if not counted:
-            return [], torch.zeros(0, dtype=torch.float64, device=self.mesh.device)
+            return [], torch.zeros(0, dtype=torch.float64)
         norms = torch.stack(torch._foreach_norm([share.gradient for share in counted]))
         return [share.name for share in counted], norms.double().square()
 
@@ -92,11 +93,7 @@ class ShardedOptimizer:
     @torch.no_grad()
     def publish(self) -> None:
         """Writes the masters into the parameters of every rank."""
-        first = 0
-        for bucket in self.buckets.buckets:
-            shares = self.shares[first : first + len(bucket.params)]
-            bucket.publish([self._published(share) for share in shares])
-            first += len(bucket.params)
+        self.buckets.publish([self._published(share) for share in self.shares])
 
     def _published(self, share: Share) -> Tensor:
         """The master in the parameter's type; fp32 where to cast it is to take the nearest value."""

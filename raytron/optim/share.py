@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 
 from raytron.config import OptimizerConfig, ParameterGroup
@@ -51,7 +50,7 @@ def share_of(owned: Owned, mesh: Mesh, config: OptimizerConfig) -> Share:
     decay = config.weight_decay if owned.param.decay or config.decay_all else 0.0
     if group.weight_decay is not None:
         decay = group.weight_decay
-    master = _master(owned)
+    master = owned.master()
     return Share(owned, master, group.lr, decay, group.freeze, owned.slice(master, mesh).offsets)
 
 
@@ -73,11 +72,3 @@ def _like(pattern: str, names: Sequence[str]) -> str:
     wanted = re.sub(r"[*?\[\]!]", "", pattern)
     close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or list(names[:3])
     return f"use a glob that matches a name such as {', '.join(close)}"
-
-
-def _master(owned: Owned) -> Tensor:
-    """The parameter itself where it is fp32 and owned whole, else an fp32 copy of the share."""
-    share = owned.view(owned.param.detach())
-    if owned.param.dtype == torch.float32 and owned.length == owned.param.shape[owned.dim]:
-        return share
-    return share.to(torch.float32, copy=True).contiguous()

@@ -7,14 +7,19 @@ last parameter of a bucket is in, the bucket is reduced over dp, in the backgrou
     ZeRO 1   reduce-scatter after the last micro-batch; a rank owns a share of each parameter
     ZeRO 2   reduce-scatter as soon as every parameter of the bucket has a new contribution, added to the owned share;
              the sums are freed in between
+    ZeRO 3   the same, a bucket being what one block holds; the weights come and go, too (`raytron.parallel.weights`)
 
 (Rajbhandari et al., arXiv 1910.02054.) Here dp stands for all ranks that see other tokens: dp · cp, for parameters of
 experts edp (`raytron.parallel.mesh.Reduction`). A parameter is shared out within a replica only (`mesh.replicate`), and
-its shares are then summed over the replicas: hybrid sharding (Zhang et al., arXiv 2304.11277).
+its shares are then summed over the replicas: hybrid sharding (Zhang et al., arXiv 2304.11277). That second step of a
+bucket starts with the first step of the next one:
 
-The share of a parameter is a chunk along its widest local dimension, so an owned tensor is always one rectangle of the
-global one: what a checkpoint wants. Reduce-scatter needs the chunks of one owner side by side, so `_pack` lays a bucket
-out as (owners, share) just before it is sent.
+    bucket 0   scatter ──────► replicas ──────►
+    bucket 1                   scatter ──────► replicas ──────►         all while the backward goes on
+
+Gradients travel in fp32 or bf16 and are kept in fp32, so that contributions of micro-batches are not lost in the sum.
+Under `offload` the shares live on the host, and with them the optimizer's masters and state (ZeRO-Offload, Ren et al.,
+arXiv 2101.06840): a share goes there once it is reduced, while the backward goes on.
 
 What is left after dp is summed on the owned shares, where it is smallest: partial gradients over tp (norms under sequence
 parallelism, repeated KV heads) and the two copies of a tied embedding on the first and last stage.
@@ -22,157 +27,145 @@ parallelism, repeated KV heads) and the two copies of a tied embedding on the fi
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from raytron.config import DataParallelConfig
 from raytron.parallel.collectives import Wait, all_gather, all_reduce, start_all_reduce, start_reduce_scatter
-from raytron.parallel.layout import Slice, chunk
 from raytron.parallel.mesh import Group, Mesh, Reduction
 from raytron.parallel.parameter import Param
+from raytron.parallel.shares import Owned, Shares
+from raytron.parallel.weights import Weights
 
+__all__ = ["Bucket", "GradientBuckets", "Owned"]
 MEBIBYTE = 1 << 20
-
-
-@dataclass
-class Owned:
-    """The share of one parameter that this rank's optimizer updates."""
-
-    param: Param
-    dim: int  # along which dp cuts the local tensor
-    start: int  # of the share along `dim`, in the local tensor
-    length: int
-    gradient: Tensor  # fp32, the share's shape; valid after `finish`
-    counted: bool  # this rank is the one that counts the share in the gradient norm
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.gradient.shape)
-
-    def view(self, local: Tensor) -> Tensor:
-        """The owned share of a tensor of the parameter's local shape."""
-        return local.narrow(self.dim, self.start, self.length)
-
-    def slice(self, share: Tensor, mesh: Mesh) -> Slice:
-        """A tensor of the share's shape as a Slice of the global parameter, without padding."""
-        layout = self.param.cut
-        offsets, sizes = layout.box(mesh.place)
-        starts = [self.start if dim == self.dim else 0 for dim in range(len(sizes))]
-        for dim, (size, start) in enumerate(zip(sizes, starts, strict=True)):
-            share = share.narrow(dim, 0, max(0, min(share.shape[dim], size - start)))
-        return Slice(layout.shape, tuple(map(operator.add, offsets, starts)), share)
+WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Bucket:
-    """Some parameters of one kind whose gradients travel together. All offsets count fp32 elements."""
+    """Some parameters of one kind and type whose gradients travel together."""
 
-    def __init__(self, params: Sequence[Param], over: Reduction, sharded: bool):
-        self.params = list(params)
-        self.over = over
-        self.sharded = sharded and over.shard.size > 1
-        self.dims = [_widest(param.shape) for param in self.params]
+    ordered = False  # what follows dp has to be summed in a fixed order
+
+    def __init__(self, params: Sequence[Param], over: Reduction, how: DataParallelConfig):
+        self.params, self.over = list(params), over
+        self.device = self.params[0].device
+        owners = over.shard if how.zero >= 1 else Group((over.every.ranks[over.every.index],), 0)
+        self.shares = Shares(self.params, owners.size, owners.index)
+        self.sharded = owners.size > 1
+        self.early = how.zero >= 2 and self.sharded  # reduced with each micro-batch; the sums are freed in between
+        self.wire = WIRE[how.reduce_dtype]
         self.sums: Tensor | None = None
-        self.share = torch.zeros(0)
-        if self.sharded:
-            self.offsets, self.share_size = _offsets(
-                param.numel() // param.shape[dim] * -(-param.shape[dim] // over.shard.size)
-                for param, dim in zip(self.params, self.dims, strict=True)
-            )
-            self.share = torch.zeros(self.share_size, device=self.params[0].device)
-        self.pending: list[Wait] = []
-        self.reductions = 0
+        self.share: Tensor | None = None  # (size,) fp32, where it is not the sums themselves
+        if self.sharded or how.offload or self.ordered:
+            self.share = _zeros(self.shares.size, torch.device("cpu") if how.offload else self.device)
+        self.weights = Weights(self.shares, owners, lasting=how.zero < 3) if self.sharded else None
+        if not self.early:
+            self.allocate()
+        self._pending: list[Wait] = []
+        self._among_replicas: Wait | None = None
+        self._reductions = 0
         self.before_reduce: Callable[[Bucket], None] | None = None  # sees the sums of this rank alone
 
-    def allocate(self) -> None:
-        """Makes the sums, if they are not there, and points each parameter's `main_grad` into them."""
-        if self.sums is not None:
-            return
-        offsets, size = _offsets(param.numel() for param in self.params)
-        self.sums = torch.empty(size, device=self.params[0].device)
-        for param, offset in zip(self.params, offsets, strict=True):
-            param.main_grad = self.sums[offset : offset + param.numel()].view(param.shape)
+    def begin(self, microbatches: int) -> None:
+        """Before the first backward of a step of so many micro-batches on this rank."""
+        self._reductions = 0
+        for param in self.params:
+            param.fresh = True
 
-    def own(self, index: int, mesh: Mesh, first_copy: bool) -> Owned:
-        """The share of parameter number `index`."""
-        param, dim = self.params[index], self.dims[index]
+    def allocate(self) -> None:
+        """Makes the sums and points each parameter's `main_grad` into them."""
+        self.sums = torch.empty(sum(param.numel() for param in self.params), device=self.device)
+        parts = torch.split(self.sums, [param.numel() for param in self.params])
+        for param, part in zip(self.params, parts, strict=True):
+            param.main_grad, param.fresh = part.view(param.shape), True
+
+    def prepare(self, param: Param) -> None:
+        """A parameter has a gradient and no `main_grad` for it."""
+        self.allocate()
+
+    def contributed(self, param: Param) -> None:
+        """A contribution is in the parameter's `main_grad`."""
+
+    def own(self, number: int, mesh: Mesh, first_copy: bool) -> Owned:
+        """The share of parameter `number`."""
+        param, dim = self.params[number], self.shares.dims[number]
         width = mesh.place[param.cut.width_axis][1]
         counted = first_copy and width % param.cut.holders(mesh.place) == 0 and self.over.replicate.index == 0
         if not self.sharded:
-            assert param.main_grad is not None
             counted = counted and self.over.every.index == 0
-            return Owned(param, dim, 0, param.shape[dim], param.main_grad, counted)
-        start, length = chunk(param.shape[dim], self.over.shard.size, self.over.shard.index)
-        return Owned(param, dim, start, length, self._piece(self.share, index, length), counted)
+        gradient = param.main_grad if self.share is None else self.shares.piece(self.share, number)
+        assert gradient is not None
+        start, length = self.shares.bounds(number, self.shares.index)
+        value = None if self.weights is None else self.weights.value(number)
+        return Owned(param, dim, start, length, gradient, counted, value)
 
-    def _piece(self, share: Tensor, index: int, length: int) -> Tensor:
-        """Parameter `index`'s part of a share, viewed in its shape."""
-        param, dim, offset = self.params[index], self.dims[index], self.offsets[index]
-        shape = (*param.shape[:dim], length, *param.shape[dim + 1 :])
-        return share[offset : offset + math.prod(shape)].view(shape)
-
+    @torch.no_grad()
     def reduce(self) -> None:
         """Starts summing over the data-parallel ranks what the parameters hold."""
         assert self.sums is not None
-        for param in self.params:
+        gradients = [param.main_grad for param in self.params if param.main_grad is not None]
+        for param, gradient in zip(self.params, gradients, strict=True):
             if param.fresh:
-                assert param.main_grad is not None
-                param.main_grad.zero_()
+                gradient.zero_()
         if self.before_reduce is not None:
             self.before_reduce(self)
-        if not self.sharded:
-            self.pending.append(start_all_reduce(self.sums, self.over.every))
+        if self.sharded:
+            packed = self.shares.pack(gradients, self.wire).view(-1)
+            self._pending.append(start_reduce_scatter(packed, self.over.shard))
         else:
-            self.pending.append(start_reduce_scatter(self._pack(), self.over.shard))
+            travelling = self.sums.to(self.wire) if self.over.every.size > 1 else self.sums
+            self._pending.append(start_all_reduce(travelling, self.over.every))
+        if self.early:
+            self.sums = None
+            for param in self.params:
+                param.main_grad = None
 
+    @torch.no_grad()
     def settle(self) -> None:
-        """Waits for the reductions that were started and adds them to the share."""
-        for wait in self.pending:
-            summed = wait()
-            if self.sharded:
-                all_reduce(summed, self.over.replicate)
-                if self.reductions == 0:
-                    self.share.copy_(summed)
-                else:
-                    self.share.add_(summed)
-            self.reductions += 1
-        self.pending.clear()
+        """Waits for the reductions that were started and keeps what they bring."""
+        for wait in self._pending:
+            self._keep(wait())
+        self._pending.clear()
 
-    def free(self) -> None:
-        """Gives the memory of the sums back."""
-        self.sums = None
-        for param in self.params:
-            param.main_grad = None
+    def _keep(self, summed: Tensor) -> None:
+        if self.share is None:
+            if summed is not self.sums and self.sums is not None:
+                self.sums.copy_(summed)
+        elif self._reductions == 0:
+            self.share.copy_(summed, non_blocking=True)  # to the host, where the shares live there
+        else:
+            self.share.add_(summed.to(self.share.device))
+        self._reductions += 1
 
-    def _pack(self) -> Tensor:
-        """The sums as (owners · share): all that belongs to one owner side by side."""
-        packed = torch.zeros(self.over.shard.size, self.share_size, device=self.share.device)
-        for index, (param, dim) in enumerate(zip(self.params, self.dims, strict=True)):
-            assert param.main_grad is not None
-            for owner in range(self.over.shard.size):
-                start, length = chunk(param.shape[dim], self.over.shard.size, owner)
-                self._piece(packed[owner], index, length).copy_(param.main_grad.narrow(dim, start, length))
-        return packed.view(-1)
+    @torch.no_grad()
+    def start_among_replicas(self) -> None:
+        """After the last reduction: starts to sum the share over the replicas."""
+        self.settle()
+        if self.sharded and self.over.replicate.size > 1 and self._among_replicas is None:
+            assert self.share is not None
+            travelling = self.share.to(self.device, self.wire, copy=True)
+            self._among_replicas = start_all_reduce(travelling, self.over.replicate)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Waits for all of it."""
+        if self._among_replicas is not None:
+            assert self.share is not None
+            self.share.copy_(self._among_replicas(), non_blocking=True)
+            self._among_replicas = None
 
     @torch.no_grad()
     def publish(self, masters: Sequence[Tensor]) -> None:
-        """Writes the owners' new values, one master share for each parameter, into every rank's parameters."""
-        if not self.sharded:
-            for param, master in zip(self.params, masters, strict=True):
-                if master.data_ptr() != param.data_ptr():
-                    param.copy_(master)
+        """Gives the owners' new values, one master share for each parameter, to every rank's parameters."""
+        if self.weights is not None:
+            self.weights.publish(masters)
             return
-        mine = torch.zeros(self.share_size, dtype=self.params[0].dtype, device=self.share.device)
-        for index, master in enumerate(masters):
-            self._piece(mine, index, master.shape[self.dims[index]]).copy_(master)
-        everyone = all_gather(mine, self.over.shard).view(self.over.shard.size, -1)
-        for index, (param, dim) in enumerate(zip(self.params, self.dims, strict=True)):
-            for owner in range(self.over.shard.size):
-                start, length = chunk(param.shape[dim], self.over.shard.size, owner)
-                param.narrow(dim, start, length).copy_(self._piece(everyone[owner], index, length))
+        for param, master in zip(self.params, masters, strict=True):
+            if master.data_ptr() != param.data_ptr():
+                param.copy_(master, non_blocking=True)
 
 
 class GradientBuckets:
@@ -182,62 +175,63 @@ class GradientBuckets:
         self,
         params: Sequence[Param],
         mesh: Mesh,
+        how: DataParallelConfig,
         *,
-        zero: int,
-        bucket_mb: float,
         tied: tuple[Param, Group] | None = None,
         uses: Callable[[Param], int] = lambda param: 1,
+        blocks: Sequence[Sequence[Param]] = (),
+        make: Callable[[Sequence[Param], Reduction, DataParallelConfig], Bucket] = Bucket,
     ):
         """params: in the order of the forward pass.
         tied: a parameter that has a copy on another rank, and the group of the copies' holders, the one that counts first.
         uses: how many contributions one micro-batch brings a parameter (2 for an embedding tied on one rank).
+        blocks: parameters that are used together, in the order of the forward pass: the buckets of ZeRO 3.
         """
-        self.mesh, self.zero, self.tied, self.uses = mesh, zero, tied, uses
-        ordered = list(reversed(params))
-        self.buckets = [
-            Bucket(group, mesh.experts if group[0].cut.expert else mesh.dense, sharded=zero >= 1)
-            for group in _grouped(ordered, int(bucket_mb * MEBIBYTE))
-        ]
-        self._bucket_of = {param: index for index, bucket in enumerate(self.buckets) for param in bucket.params}
-        for bucket in self.buckets:
-            bucket.allocate()
-            for param in bucket.params:
-                assert param.main_grad is not None
-                param.route_gradient(param.main_grad, self._contributed)
+        self.mesh, self.tied, self.uses = mesh, tied, uses
+        groups = _grouped(list(reversed(params)), int(how.bucket_mb * MEBIBYTE)) if how.zero < 3 else _by_block(blocks)
+        self.buckets = [make(group, mesh.experts if group[0].cut.expert else mesh.dense, how) for group in groups]
+        self._bucket_of = {param: bucket for bucket in self.buckets for param in bucket.params}
+        assert set(self._bucket_of) == set(params), "every parameter has a bucket"
+        for param in self._bucket_of:
+            param.route_gradient(self)
         self.owned = [
-            bucket.own(index, mesh, first_copy=not (tied and tied[0] is param and tied[1].index > 0))
+            bucket.own(number, mesh, first_copy=not (tied and tied[0] is param and tied[1].index > 0))
             for bucket in self.buckets
-            for index, param in enumerate(bucket.params)
+            for number, param in enumerate(bucket.params)
         ]
         self._partial = self._partial_sums()
         self._remaining: dict[Param, int] = {}
         self._next = 0
+
+    @property
+    def weights(self) -> list[Weights]:
+        """Of the parameters that are shared out."""
+        return [bucket.weights for bucket in self.buckets if bucket.weights is not None]
 
     def begin(self, microbatches: int) -> None:
         """Before the first backward of a step: nothing is summed yet, each parameter awaits `microbatches` micro-batches."""
         self._remaining = {param: microbatches * self.uses(param) for param in self._bucket_of}
         self._next = 0
         for bucket in self.buckets:
-            bucket.reductions = 0
-            bucket.allocate()
-            for param in bucket.params:
-                param.fresh = True
+            bucket.begin(microbatches)
 
-    def _contributed(self, param: Param) -> None:
+    def prepare(self, param: Param) -> None:
+        self._bucket_of[param].prepare(param)
+
+    def contributed(self, param: Param) -> None:
         self._remaining[param] -= 1
-        bucket = self.buckets[self._bucket_of[param]]
-        if self.zero == 2 and bucket.sharded and self._remaining[param] > 0:
+        bucket = self._bucket_of[param]
+        bucket.contributed(param)
+        if bucket.early and self._remaining[param] > 0:
             self._reduce_early(bucket)
         self._reduce_complete()
 
     def _reduce_early(self, bucket: Bucket) -> None:
-        """ZeRO 2, before the last micro-batch: reduces a bucket in which every parameter has something new."""
+        """Before the last micro-batch: reduces a bucket in which every parameter has something new."""
         if any(param.fresh for param in bucket.params) or any(self._remaining[param] == 0 for param in bucket.params):
             return
         bucket.settle()
         bucket.reduce()
-        for param in bucket.params:
-            param.fresh = True
 
     def _reduce_complete(self) -> None:
         """Starts, in order, the reduction of each bucket that awaits nothing more."""
@@ -246,6 +240,8 @@ class GradientBuckets:
             if any(self._remaining[param] > 0 for param in bucket.params):
                 return
             bucket.reduce()
+            if self._next > 0 and bucket.over.replicate.size > 1:
+                self.buckets[self._next - 1].start_among_replicas()
             self._next += 1
 
     def finish(self) -> None:
@@ -253,11 +249,20 @@ class GradientBuckets:
         missing = [param.full_name for param, count in self._remaining.items() if count > 0]
         assert not missing, f"no gradient came for {missing}"
         for bucket in self.buckets:
-            bucket.settle()
-            if self.zero == 2 and bucket.sharded:
-                bucket.free()
+            bucket.start_among_replicas()
+        for bucket in self.buckets:
+            bucket.finish()
+        if self.mesh.device.type == "cuda" and any(owned.gradient.device.type == "cpu" for owned in self.owned):
+            torch.cuda.current_stream(self.mesh.device).synchronize()  # shares on their way to the host have come
         for shares, group in self._partial:
-            _sum_together(shares, group)
+            _sum_together(shares, group, self.mesh.device, ordered=self.buckets[0].ordered)
+
+    def publish(self, masters: Sequence[Tensor]) -> None:
+        """Gives new values, one master for each of `owned`, to every rank's parameters."""
+        first = 0
+        for bucket in self.buckets:
+            bucket.publish(masters[first : first + len(bucket.params)])
+            first += len(bucket.params)
 
     def _partial_sums(self) -> list[tuple[list[Tensor], Group]]:
         """What is still to be summed after dp: owned gradients, and the group over which."""
@@ -273,37 +278,55 @@ class GradientBuckets:
         return out
 
 
-def _sum_together(shares: Sequence[Tensor], group: Group) -> None:
-    """Sums several tensors over a group in one collective, in place."""
+def _sum_together(shares: Sequence[Tensor], group: Group, device: torch.device, *, ordered: bool) -> None:
+    """Sums several tensors over a group in one collective, in place. ordered: from the first rank to the last, however
+    long the tensors are."""
     if group.size == 1 or not shares:
         return
-    flat = torch.cat([share.reshape(-1) for share in shares])
-    all_reduce(flat, group)
+    flat = torch.cat([share.reshape(-1) for share in shares]).to(device)
+    if ordered:
+        first, *others = all_gather(flat, group).chunk(group.size)
+        for other in others:
+            first.add_(other)
+        flat = first
+    else:
+        all_reduce(flat, group)
     for share, part in zip(shares, torch.split(flat, [share.numel() for share in shares]), strict=True):
         share.copy_(part.view(share.shape))
+
+
+def _kind(param: Param) -> tuple[bool, torch.dtype]:
+    """Parameters of one kind may share a bucket."""
+    return param.cut.expert, param.dtype
 
 
 def _grouped(params: Sequence[Param], limit_bytes: int) -> list[list[Param]]:
     """Neighbouring parameters of one kind in buckets of at least one parameter and about `limit_bytes` of fp32, in the
     order in which they fill up."""
     groups: list[list[Param]] = []
-    open_groups: dict[bool, list[Param]] = {}
+    open_groups: dict[tuple[bool, torch.dtype], list[Param]] = {}
     for param in params:
-        group = open_groups.setdefault(param.cut.expert, [])
+        group = open_groups.setdefault(_kind(param), [])
         group.append(param)
         if sum(member.numel() * 4 for member in group) >= limit_bytes:
-            groups.append(open_groups.pop(param.cut.expert))
+            groups.append(open_groups.pop(_kind(param)))
     return groups + list(open_groups.values())
 
 
-def _widest(shape: Sequence[int]) -> int:
-    return max(range(len(shape)), key=lambda dim: (shape[dim], -dim))
+def _by_block(blocks: Sequence[Sequence[Param]]) -> list[list[Param]]:
+    """One group for each kind of parameter in each block, last block first; a parameter of two blocks stays in the first."""
+    seen: set[Param] = set()
+    groups: list[list[Param]] = []
+    for block in blocks:
+        own: dict[tuple[bool, torch.dtype], list[Param]] = {}
+        for param in block:
+            if param not in seen:
+                own.setdefault(_kind(param), []).append(param)
+                seen.add(param)
+        groups.extend(own.values())
+    return groups[::-1]
 
 
-def _offsets(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """Where pieces of these sizes start when laid end to end, and the size of it all."""
-    offsets, total = [], 0
-    for size in sizes:
-        offsets.append(total)
-        total += size
-    return offsets, total
+def _zeros(size: int, device: torch.device) -> Tensor:
+    """fp32 zeros; on the host of a CUDA machine in pinned memory, from which copies overlap with compute."""
+    return torch.zeros(size, device=device, pin_memory=device.type == "cpu" and torch.cuda.is_available())

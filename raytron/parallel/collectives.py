@@ -62,6 +62,16 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Wait:
     return _after(work, out)
 
 
+def start_exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Wait:
+    """Starts an all-to-all of pieces of any sizes, side by side in rank order: `sent[r]` elements of x (n,) go to rank r of
+    the group, and `received[r]` come from it."""
+    if group.size == 1:
+        return lambda: x
+    out = x.new_empty(sum(received))
+    work = dist.all_to_all_single(out, x, list(received), list(sent), group=group.process_group, async_op=True)
+    return _after(work, out)
+
+
 def all_gather(x: Tensor, group: Group) -> Tensor:
     return start_all_gather(x, group)()
 
@@ -71,13 +81,7 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
 
 
 def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
-    """All-to-all of pieces of any sizes, side by side in rank order: `sent[r]` elements of x (n,) go to rank r of the group,
-    and `received[r]` come from it."""
-    if group.size == 1:
-        return x
-    out = x.new_empty(sum(received))
-    dist.all_to_all_single(out, x, list(received), list(sent), group=group.process_group)
-    return out
+    return start_exchange(x, sent, received, group)()
 
 
 def _all_to_all(x: Tensor, group: Group) -> Tensor:

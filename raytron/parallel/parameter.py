@@ -2,18 +2,28 @@
 
 A gradient never waits in `.grad`: it is added at once to `main_grad`, fp32, a view into a gradient bucket
 (`raytron.parallel.buckets`), and the bucket is told. A linear layer adds the product of its output gradient and its input
-straight into `main_grad`; all other gradients come through autograd and a hook. Without a bucket (`main_grad` is None,
-in inference or a plain test) the gradient stays in `.grad`, as everywhere in torch.
+straight into `main_grad`; all other gradients come through autograd and a hook. Without a bucket (in inference or a plain
+test) the gradient stays in `.grad`, as everywhere in torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from raytron.parallel.layout import Layout
+
+
+class Sink(Protocol):
+    """Where gradients go."""
+
+    def prepare(self, param: Param) -> None:
+        """Gives a parameter its `main_grad`, which it needs now."""
+
+    def contributed(self, param: Param) -> None:
+        """`main_grad` holds one contribution more."""
 
 
 class Param(nn.Parameter):
@@ -22,48 +32,54 @@ class Param(nn.Parameter):
     full_name: str  # the same on every mesh
     cut: Layout
     decay: bool  # weight decay applies
-    main_grad: Tensor | None  # fp32, the shape of the parameter
-    fresh: bool  # main_grad holds nothing of this step yet
-    contributed: Callable[[Param], None] | None
+    sink: Sink | None
+    main_grad: Tensor | None  # fp32, the shape of the parameter; None: the sink makes it when it is needed
+    fresh: bool  # main_grad holds nothing yet
 
     def __new__(cls, data: Tensor, name: str, layout: Layout, decay: bool) -> Param:
         made: Param = torch.Tensor._make_subclass(cls, data, True)
         made.full_name, made.cut, made.decay = name, layout, decay
-        made.main_grad, made.fresh, made.contributed = None, True, None
+        made.sink, made.main_grad, made.fresh = None, None, True
         return made
 
-    def route_gradient(self, main_grad: Tensor, contributed: Callable[[Param], None]) -> None:
-        """From now on gradients are summed in `main_grad`, and `contributed` is called after each."""
-        self.main_grad, self.contributed = main_grad, contributed
+    def route_gradient(self, sink: Sink) -> None:
+        """From now on gradients are summed in `main_grad`, and the sink hears of each."""
+        self.sink = sink
         self.register_post_accumulate_grad_hook(_drain)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def add_gradient(self, gradient: Tensor, *, last: bool = True) -> None:
         """Adds one micro-batch's gradient (of the parameter's shape), or one of its terms if it is not the last."""
-        if self.main_grad is None:
+        if self.sink is None:
             self.grad = gradient if self.grad is None else self.grad + gradient
             return
+        target = self._target(self.sink)
         if self.fresh:
-            self.main_grad.copy_(gradient)
+            target.copy_(gradient)
         else:
-            self.main_grad.add_(gradient)
-        self._added(last)
+            target.add_(gradient)
+        self._added(self.sink, last)
 
     @torch.no_grad()
     def add_product(self, dy: Tensor, x: Tensor, *, last: bool = True) -> None:
         """Adds dyᵀ x, the gradient of a linear layer: dy (T, N), x (T, K), parameter viewed as (N, K)."""
-        if self.main_grad is None or dy.dtype != torch.float32:
+        if self.sink is None or dy.dtype != torch.float32:
             self.add_gradient((dy.t() @ x).view(self.shape), last=last)
             return
-        out = self.main_grad.view(dy.shape[1], x.shape[1])
+        out = self._target(self.sink).view(dy.shape[1], x.shape[1])
         torch.addmm(out, dy.t(), x, beta=0 if self.fresh else 1, out=out)
-        self._added(last)
+        self._added(self.sink, last)
 
-    def _added(self, last: bool) -> None:
+    def _target(self, sink: Sink) -> Tensor:
+        if self.main_grad is None:
+            sink.prepare(self)
+        assert self.main_grad is not None
+        return self.main_grad
+
+    def _added(self, sink: Sink, last: bool) -> None:
         self.fresh = False
-        assert self.contributed is not None
         if last:
-            self.contributed(self)
+            sink.contributed(self)
 
 
 def _drain(param: Tensor) -> None:

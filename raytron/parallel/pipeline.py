@@ -220,6 +220,7 @@ class Pipeline:
             for step in program.steps:
                 start = time.perf_counter()
                 op, stage, microbatch = step.action
+                self.deferred.microbatch = microbatch
                 if op is Op.F:
                     y = self._forward(step, keep=not program.forward_only)
                     if stage == self.last:

@@ -41,6 +41,7 @@ class Deferred:
 
     def __init__(self) -> None:
         self.active = False
+        self.microbatch = 0  # that the backward work of the moment is of
         self.tasks: list[Callable[[], None]] = []
 
     def do(self, task: Callable[[], None]) -> None:

@@ -30,10 +30,10 @@ BITS = 16  # of a digit; 2 ** (53 - BITS) of them add up exactly
 
 
 class Node(NamedTuple):
-    """The sum of the terms index · 2^level … (index + 1) · 2^level - 1, as far as they exist."""
+    """The sum of the terms number · 2^level … (number + 1) · 2^level - 1, as far as they exist."""
 
     level: int
-    index: int
+    number: int
 
 
 class TreeSum:
@@ -46,12 +46,12 @@ class TreeSum:
     def add(self, node: Node, value: Tensor) -> None:
         """Adds a term (level 0) or the sum of a complete node, and every node that this completes."""
         while (1 << node.level) < self.terms:
-            beside = Node(node.level, node.index ^ 1)
-            if beside.index << beside.level < self.terms:  # else there is nothing beside it, ever
+            beside = Node(node.level, node.number ^ 1)
+            if beside.number << beside.level < self.terms:  # else there is nothing beside it, ever
                 if beside not in self.held:
                     break
                 value = self.held.pop(beside).add_(value)
-            node = Node(node.level + 1, node.index >> 1)
+            node = Node(node.level + 1, node.number >> 1)
         self.held[node] = value
 
     @property
@@ -66,13 +66,14 @@ def nodes_of(terms: range, total: int) -> list[Node]:
     tree, nothing = TreeSum(total), torch.zeros(())
     for term in terms:
         tree.add(Node(0, term), nothing)
-    return sorted(tree.held, key=lambda node: node.index << node.level)
+    return sorted(tree.held, key=lambda node: node.number << node.level)
 
 
 def largest(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The largest magnitude in some tensors, float64 scalar; not finite where one of them is not."""
     tops = [tensor.abs().max() for tensor in tensors if tensor.numel()]
-    return torch.stack(tops).max().double() if tops else torch.zeros((), dtype=torch.float64, device=device)
+    top = torch.stack(tops).max() if tops else torch.zeros(())
+    return top.to(device, torch.float64)
 
 
 def square_digits(tensors: Sequence[Tensor], top: float, device: torch.device) -> Tensor:
@@ -81,12 +82,12 @@ def square_digits(tensors: Sequence[Tensor], top: float, device: torch.device) -
     out = torch.zeros(DIGITS, dtype=torch.float64, device=device)
     exponent = math.frexp(top)[1]
     for tensor in tensors:
-        rest = tensor.double().ldexp(torch.tensor(-exponent, device=device)).square()  # exact: in [0, 1), 48 bits
+        rest = (tensor.double() * 2.0**-exponent).square()  # exact: in [0, 1), 48 bits
         for digit in range(DIGITS):
             rest = rest * 2**BITS
             whole = rest.floor()
             rest = rest - whole
-            out[digit] += whole.sum()
+            out[digit] += whole.sum().to(device)
     return out
 
 

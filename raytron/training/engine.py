@@ -11,6 +11,8 @@ that is not finite on one rank is seen by all, and all skip the update.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +29,14 @@ from raytron.optim.noise import Noise, NoiseMeter, noise
 from raytron.optim.precision import LossScale
 from raytron.optim.sharded import ShardedOptimizer, clip_scale
 from raytron.optim.share import unmatched
-from raytron.parallel.buckets import GradientBuckets
+from raytron.parallel.buckets import Bucket, GradientBuckets
+from raytron.parallel.canonical import CanonicalBucket, exact_squared_norms, in_order
 from raytron.parallel.collectives import all_reduce
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.pipeline import Pipeline, Watch
+from raytron.parallel.weights import Gathering
 from raytron.plan.plan import Plan
+from raytron.training.gather import StageWeights, blocks
 from raytron.training.microbatch import MicroBatch, micro_batches
 
 REQUEST_BITS = 8
@@ -53,8 +58,8 @@ class StepResult(NamedTuple):
 class _Bound:
     """A stage together with the micro-batches of the moment."""
 
-    def __init__(self, stage: Stage):
-        self.stage = stage
+    def __init__(self, stage: Stage, gathering: Gathering):
+        self.stage, self.weights = stage, StageWeights(stage, gathering)
         self.batches: list[MicroBatch] = []
         self.training = True
 
@@ -62,9 +67,9 @@ class _Bound:
         batch = self.batches[microbatch]
         context = self.stage.context(batch.samples, batch.length, self.training, batch.documents)
         if x is None:
-            x = self.stage.embed(batch.tokens, context)
+            x = self.weights.embedding(self.stage.embed, batch.tokens, context)
         y: Tensor = self.stage(x, context)
-        return self.stage.loss(y, batch.labels, batch.weights) if self.stage.last else y
+        return self.weights.head(self.stage.loss, y, batch.labels, batch.weights) if self.stage.last else y
 
 
 class Engine:
@@ -73,23 +78,33 @@ class Engine:
     def __init__(self, plan: Plan, mesh: Mesh, watch: Watch | None = None):
         self.plan, self.mesh = plan, mesh
         self.model: Assembly = assemble(plan, mesh)
-        self.buckets = GradientBuckets(
-            self.model.params,
-            mesh,
-            zero=plan.config.data_parallel.zero,
-            bucket_mb=plan.config.data_parallel.bucket_mb,
-            tied=self.model.tied,
-            uses=self.model.uses,
-        )
+        self.canonical = plan.config.determinism == "canonical"
+        self.buckets = self._make_buckets()
+        self.gathering = Gathering(self.buckets.weights, plan.config.data_parallel.prefetch)
         self.layers = self._layers()
         self.optimizer = ShardedOptimizer(self.buckets, mesh, plan.config)
         self.noise_meter: NoiseMeter | None = None
         if plan.config.observe.gradient_noise:
             self.noise_meter = NoiseMeter(self.buckets, mesh, {share.name for share in self.optimizer.trained})
         self.loss_scale = LossScale(plan.config.precision)
-        self._bound = {number: _Bound(stage) for number, stage in self.model.stages.items()}
+        self._bound = {number: _Bound(stage, self.gathering) for number, stage in self.model.stages.items()}
         self.pipeline = Pipeline(self._bound, plan.schedule, mesh, self.model.parallel.deferred, watch)
         self._speaks = mesh.tp.index == 0  # one voice for each loss: tp ranks compute equal ones, cp ranks parts
+
+    def _make_buckets(self) -> GradientBuckets:
+        model = self.model
+        make: Callable[..., Bucket] = Bucket
+        if self.canonical:
+            make = partial(CanonicalBucket, mesh=self.mesh, work=model.parallel.deferred, uses=model.uses)
+        return GradientBuckets(
+            model.params,
+            self.mesh,
+            self.plan.config.data_parallel,
+            tied=model.tied,
+            uses=model.uses,
+            blocks=blocks(model.stages.values()),
+            make=make,
+        )
 
     def _layers(self) -> list[str]:
         """The layers of the whole model, where names are needed on all ranks: for their norms or for parameter groups.
@@ -137,9 +152,11 @@ class Engine:
                 "loss": loss,
                 "tokens": tokens,
                 **{f"request {bit}": float(request >> bit & 1) for bit in range(REQUEST_BITS)},
-                **self._squares(layer_norms),
+                **({} if self.canonical else self._squares(layer_norms)),
             }
         )
+        if self.canonical:
+            sums |= exact_squared_norms(self._counted(layer_norms), self.mesh)
         real = max(sums["tokens"], 1.0)
         mend = self._nominal(sequences) / real / self.loss_scale.value
         norms = {key: math.sqrt(sums[key]) * mend for key in sums if key.startswith(NORM)}
@@ -147,6 +164,7 @@ class Engine:
         skipped = not math.isfinite(grad_norm)
         if not skipped:
             self.optimizer.step(lr, mend * clip_scale(grad_norm, self.plan.config.optimizer.clip_norm))
+            self.gathering.ahead()
         self.loss_scale.update(finite=not skipped)
         return StepResult(
             loss=sums["loss"] / real,
@@ -180,6 +198,14 @@ class Engine:
             self.mesh.shape.dp
         )  # a rank's own gradient, like the sum of all, is divided by the tokens of the whole batch
         return noise(sums["noise small"] * dp * mend**2, sums["noise big"] * mend**2, sequences, dp)
+
+    def _counted(self, by_layer: bool) -> dict[str, list[Tensor]]:
+        """The gradients that this rank counts in the norm, by the names of `_squares`."""
+        out: dict[str, list[Tensor]] = {NORM + layer: [] for layer in (self.layers if by_layer else [""])}
+        for share in self.optimizer.trained:
+            if share.owned.counted:
+                out[NORM + layer_of(share.name) if by_layer else NORM].append(share.gradient)
+        return out
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """(Σ weight · loss, Σ weight) over this dp rank's share and all others', equal on all ranks; no dropout.
@@ -215,10 +241,16 @@ class Engine:
         return (length, self.plan.config.micro_batch_size, self.plan.config.model.hidden)
 
     def _sums(self, losses: dict[int, Tensor], batch: Batch) -> tuple[float, int]:
-        if not losses or not self._speaks:
+        """This rank's part of the step's loss and tokens. Collective over the world under `determinism: canonical`."""
+        spoken = losses if self._speaks else {}
+        tokens = int(batch.weights[:, self._held(batch)].sum()) if spoken else 0
+        if self.canonical:
+            count = len(batch.weights) // self.plan.config.micro_batch_size
+            loss = in_order({number: loss.item() for number, loss in spoken.items()}, count, self.mesh)
+            return loss if self.mesh.rank == 0 else 0.0, tokens
+        if not spoken:
             return 0.0, 0
-        tokens = int(batch.weights[:, self._held(batch)].sum())
-        return float(torch.stack(list(losses.values())).double().sum().item()), tokens
+        return float(torch.stack(list(spoken.values())).double().sum().item()), tokens
 
     def _over_world(self, values: dict[str, float]) -> dict[str, float]:
         """The sums over all ranks of values under the same names."""

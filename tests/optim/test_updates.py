@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raytron.config import OptimizerConfig, ParameterGroup, PrecisionConfig, from_mapping
+from raytron.config import DataParallelConfig, OptimizerConfig, ParameterGroup, PrecisionConfig, from_mapping
 from raytron.optim.adamw import AdamW
 from raytron.optim.muon import batch_dims, orthogonal
 from raytron.optim.sharded import ShardedOptimizer
@@ -32,7 +32,7 @@ def made(**changes):
     torch.manual_seed(0)
     params = [Param(torch.randn(shape), name, Layout(shape), len(shape) > 1) for name, shape in NAMES.items()]
     mesh = Mesh(MeshShape(), 0)
-    buckets = GradientBuckets(params, mesh, zero=1, bucket_mb=1.0)
+    buckets = GradientBuckets(params, mesh, DataParallelConfig())
     values = {param.full_name: param.detach().clone() for param in params}
     return ShardedOptimizer(buckets, mesh, config), {param.full_name: param for param in params}, values
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytron.parallel.tree import Node, TreeSum, from_digits, largest, nodes_of, square_digits
@@ -23,6 +23,7 @@ def by_brackets(terms, first, size):
     return left + by_brackets(terms, first + size // 2, size // 2)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**32))
 def test_the_tree_is_the_same_for_every_sharing(count, parts, seed):
     rng = random.Random(seed)
@@ -48,6 +49,7 @@ def test_terms_in_order_leave_one_partial_sum_for_each_level():
         assert len(tree.held) <= 6
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(-30, 30), st.integers(0, 2**32))
 def test_digits_add_exactly_in_any_order(count, scale, seed):
     generator = torch.Generator().manual_seed(seed)
