@@ -5,6 +5,7 @@ The whole sequence is run again for each new token: a look at what a model has l
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,6 @@ from raytron.optim.sharded import WEIGHTS
 from raytron.parallel.mesh import Mesh
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
-
-ALONE = {"mesh.pp": 1, "mesh.dp": 1, "mesh.cp": 1, "mesh.tp": 1, "mesh.ep": 1, "micro_batch_size": 1,
-         "pipeline.schedule": "1f1b", "pipeline.virtual_stages": None, "pipeline.split": None,
-         "pipeline.layout": None,
-         "data_parallel.zero": 0}  # fmt: skip
 
 
 def generate(checkpoint: Path | str, prompt: str, tokens: int = 32) -> str:
@@ -46,13 +42,22 @@ def generate(checkpoint: Path | str, prompt: str, tokens: int = 32) -> str:
 def load_model(generation: Generation) -> Stage:
     """The whole model of a checkpoint as one stage on the CPU, in float32."""
     facts = read_facts(generation)
-    config: RunConfig = from_mapping(facts["config"]).replace(**ALONE, **{"precision.dtype": "fp32"})
-    assembly = assemble(make_plan(config, None), Mesh(MeshShape(), 0))
+    assembly = assemble(make_plan(alone(from_mapping(facts["config"])), None), Mesh(MeshShape(), 0))
     weights = read_whole(generation, prefix=WEIGHTS)
     with torch.no_grad():
         for param in assembly.params:
             param.copy_(weights[param.full_name])
     return assembly.stages[0]
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The same model on one device, without anything that says how a run's work is cut, saved or rounded."""
+    plain = RunConfig()
+    how = {
+        name: getattr(plain, name) for name in ("mesh", "pipeline", "memory", "precision", "optimizer", "determinism")
+    }
+    zero = dataclasses.replace(plain.data_parallel, zero=0)
+    return dataclasses.replace(config, **how, data_parallel=zero, micro_batch_size=1)
 
 
 @torch.no_grad()

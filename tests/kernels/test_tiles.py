@@ -70,3 +70,13 @@ def test_full_blocks_are_joined():
     assert (one.queries, one.keys, one.full) == ((0, 8), (0, 4), True)
     (other,) = tiles(early, late, 1)
     assert (other.queries, other.keys, other.full) == ((4, 8), (0, 8), True)
+
+
+def test_a_long_sequence_needs_only_small_masks():
+    """A million tokens, a window of 4,096, documents: no strip's mask holds more than 512 · (4,096 + 512) places."""
+    length, window = 1 << 20, 4096
+    zigzag = [Span(0, 0, length // 16), Span(length * 15 // 16, length // 16, length // 16)]
+    found = tiles(zigzag, zigzag, 1, window, [list(range(0, length, 100_000))])
+    strip = [part for tile in found for part in strips(tile, 512)]
+    assert max(part.height * part.width for part in strip) <= 512 * (4096 + 512)
+    assert sum(part.height for part in strip) == length // 8  # each query once: no other chunk is in reach

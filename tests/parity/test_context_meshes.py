@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import check_equal
+from harness import bare, check_equal, run_mesh, run_twin
 from models import batch_of, tiny
 
+from raytron.parallel.mesh import Mesh
+from raytron.plan.mesh import MeshShape
+from raytron.plan.plan import make_plan
 from raytron.testing.twin import Twin
+from raytron.training.engine import Engine
 
 RING, EXCHANGE = {"mesh.cp": 2}, {"mesh.cp": 2, "mesh.cp_all_to_all": 2}
 HYBRID = {"mesh.cp": 4, "mesh.cp_all_to_all": 2}
@@ -50,6 +54,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ring, dp, ZeRO 2": ("llama", {**RING, "mesh.dp": 2, "data_parallel.zero": 2}),
     "ring, dp, tp": ("qwen3", {**RING, **APART, "mesh.dp": 2, "mesh.tp": 2, "micro_batch_size": 1}),
     "ring, pp, dp": ("dropped", {**RING, "mesh.pp": 2, "mesh.dp": 2}),
+    "ring, recompute": ("dropped", {**RING, **APART, "memory.recompute": "full"}),
+    "hybrid, recompute of attention": ("qwen3", {**HYBRID, "memory.recompute": "selective", "memory.loss_chunks": 2}),
+    "ring, DualPipeV": ("llama", {**RING, "mesh.pp": 2, "pipeline.schedule": "dualpipe-v"}),
     "hybrid, pp": ("llama", {**HYBRID, **APART, "mesh.pp": 2}),
 }
 
@@ -57,6 +64,30 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize(("model", "changes"), list(CASES.values()), ids=list(CASES))
 def test_equals_one_device(world, model, changes):
     check_equal(world, tiny(model, **changes), steps=8)
+
+
+def evaluate(rank, config):
+    mesh = Mesh(MeshShape.of(config.mesh), rank)
+    return Engine(make_plan(config, None), mesh).evaluate(batch_of(config, 3, mesh.coords.dp, mesh.shape.dp))
+
+
+def test_evaluation_counts_each_token_once(world):
+    config = tiny("dropped", **{**HYBRID, **APART, "mesh.dp": 2})
+    results = world.run(8, evaluate, config)
+    batch = batch_of(config, 3)
+    with torch.no_grad():
+        expected = Twin(config).loss(batch, training=False).item()
+    for loss, tokens in results:
+        assert tokens == batch.weights.sum()
+        assert loss / tokens == pytest.approx(expected, rel=1e-6)
+
+
+def test_bf16_on_a_ring_stays_near_fp32(world):
+    config = tiny("qwen3", **{**HYBRID, **APART, "precision.dtype": "bf16"})
+    mine, truth = run_mesh(world, config, 5), run_twin(bare(config), 5)
+    assert max(abs(a - b) for a, b in zip(mine.losses, truth.losses, strict=True)) < 0.02
+    for name, gradient in truth.gradients.items():
+        assert (mine.gradients[name] - gradient).norm() <= 0.1 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2", "qwen3"])
