@@ -452,8 +452,6 @@ def _parameter_groups(config: RunConfig) -> Iterator[Problem]:
             first = "*" if "*" in earlier else group.match
             what = f"{group.match!r} comes after {first!r}, which matches all of it"
             yield Problem(f"{where}.match", what, "put it first: the first group that matches a name holds")
-    if any(group.match == "*" and group.freeze for group in config.optimizer.groups[:1]):
-        yield Problem("optimizer.groups[0].freeze", "freezes every parameter", "leave some to train")
 
 
 def _rounding(config: RunConfig) -> Iterator[Problem]:

@@ -158,7 +158,6 @@ CASES = [
         "comes after '*'",
         "put it first",
     ),
-    ({"optimizer.groups": [{"freeze": True}]}, "optimizer.groups[0].freeze", "every parameter", "leave some"),
     (
         {"precision.stochastic_rounding": True},
         "precision.stochastic_rounding",

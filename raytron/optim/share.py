@@ -10,18 +10,14 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from raytron.config import OptimizerConfig, ParameterGroup
-from raytron.errors import Problem
+from raytron.config import OptimizerConfig
 from raytron.parallel.buckets import Owned
 from raytron.parallel.mesh import Mesh
+from raytron.plan.names import group_of
 
 
 @dataclass(eq=False)
@@ -52,23 +48,3 @@ def share_of(owned: Owned, mesh: Mesh, config: OptimizerConfig) -> Share:
         decay = group.weight_decay
     master = owned.master()
     return Share(owned, master, group.lr, decay, group.freeze, owned.slice(master, mesh).offsets)
-
-
-def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
-    """The first group that matches a full name, or one that changes nothing."""
-    return next((group for group in groups if fnmatchcase(name, group.match)), ParameterGroup())
-
-
-def unmatched(groups: Sequence[ParameterGroup], names: Sequence[str]) -> list[Problem]:
-    """A problem for each group whose glob matches none of the model's parameters, with names like it."""
-    return [
-        Problem(f"optimizer.groups[{index}].match", f"{group.match!r} matches no parameter", _like(group.match, names))
-        for index, group in enumerate(groups)
-        if not any(fnmatchcase(name, group.match) for name in names)
-    ]
-
-
-def _like(pattern: str, names: Sequence[str]) -> str:
-    wanted = re.sub(r"[*?\[\]!]", "", pattern)
-    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or list(names[:3])
-    return f"use a glob that matches a name such as {', '.join(close)}"

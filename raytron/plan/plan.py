@@ -18,6 +18,7 @@ from raytron.plan import draw, flops
 from raytron.plan.cluster import ClusterShape, NodeShape, too_small
 from raytron.plan.memory import Memory, estimate
 from raytron.plan.mesh import MeshShape
+from raytron.plan.names import unmatched
 from raytron.plan.schedule import Schedule, forward_only, generate
 from raytron.plan.simulate import Cost, Timeline, simulate
 from raytron.plan.weigh import stage_cost, stages_of
@@ -84,6 +85,8 @@ def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
     Raises ConfigError with every problem of the configuration, a mesh that is larger than the cluster included.
     """
     found = problems(config)
+    if not {problem.where.partition(".")[0] for problem in found} & {"model", "optimizer"}:
+        found += unmatched(config.optimizer.groups, config.model)
     if cluster is not None and not {"mesh", "cluster"} & {problem.where.split(".")[0] for problem in found}:
         mesh = MeshShape.of(config.mesh)
         found += too_small(cluster, config.cluster, mesh.world, str(mesh))

@@ -74,7 +74,8 @@ class PlainOptimizer:
 
     def _hidden(self, name: str) -> bool:
         """A matrix between the embedding and the head."""
-        return name.startswith("layers.") and name.endswith(".weight") and not name.endswith("norm.weight")
+        matrix = self.weights[name].dim() > 1 and self.weights[name].shape[0] > 1
+        return matrix and name.startswith("layers.") and name.endswith(".weight")
 
     def _matrices(self, name: str, whole: Tensor) -> Iterator[Tensor]:
         """Views of the matrices that a weight packs; a matrix's columns are its last dimension."""

@@ -21,20 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytron.data.batch import Batch
-from raytron.errors import ConfigError
 from raytron.model.assemble import Assembly, assemble
 from raytron.model.stage import Stage
-from raytron.optim.names import layer_of, names_of_all
 from raytron.optim.noise import Noise, NoiseMeter, noise
 from raytron.optim.precision import LossScale
 from raytron.optim.sharded import ShardedOptimizer, clip_scale
-from raytron.optim.share import unmatched
 from raytron.parallel.buckets import Bucket, GradientBuckets
 from raytron.parallel.canonical import CanonicalBucket, exact_squared_norms, in_order
 from raytron.parallel.collectives import all_reduce
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.pipeline import Pipeline, Watch
 from raytron.parallel.weights import Gathering
+from raytron.plan.names import layer_of, layers_of
 from raytron.plan.plan import Plan
 from raytron.training.gather import StageWeights, blocks
 from raytron.training.microbatch import MicroBatch, micro_batches
@@ -81,7 +79,6 @@ class Engine:
         self.canonical = plan.config.determinism == "canonical"
         self.buckets = self._make_buckets()
         self.gathering = Gathering(self.buckets.weights, plan.config.data_parallel.prefetch)
-        self.layers = self._layers()
         self.optimizer = ShardedOptimizer(self.buckets, mesh, plan.config)
         self.noise_meter: NoiseMeter | None = None
         if plan.config.observe.gradient_noise:
@@ -105,20 +102,6 @@ class Engine:
             blocks=blocks(model.stages.values()),
             make=make,
         )
-
-    def _layers(self) -> list[str]:
-        """The layers of the whole model, where names are needed on all ranks: for their norms or for parameter groups.
-
-        Raises ConfigError where a group matches no parameter.
-        """
-        config = self.plan.config
-        if config.observe.layer_norms is None and not config.optimizer.groups:
-            return []
-        names = names_of_all([param.full_name for param in self.model.params], self.mesh.control)
-        problems = unmatched(config.optimizer.groups, names)
-        if problems:
-            raise ConfigError(problems)
-        return list(dict.fromkeys(map(layer_of, names)))
 
     def forward_backward(self, batch: Batch, sequences: int | None = None) -> tuple[float, int]:
         """Runs the schedule over this dp rank's share of the step; owned gradients are then those of
@@ -184,7 +167,11 @@ class Engine:
         if not by_layer and meter is None:
             return {NORM: values.sum().item()}
         each = dict(zip(names, values.tolist(), strict=True))
-        out = dict.fromkeys((NORM + layer for layer in self.layers), 0.0) if by_layer else {NORM: 0.0}
+        out = (
+            dict.fromkeys((NORM + layer for layer in layers_of(self.plan.config.model)), 0.0)
+            if by_layer
+            else {NORM: 0.0}
+        )
         for name, value in each.items():
             out[NORM + layer_of(name) if by_layer else NORM] += value
         if meter is not None:

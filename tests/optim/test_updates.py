@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raytron.config import DataParallelConfig, OptimizerConfig, ParameterGroup, PrecisionConfig, from_mapping
+from raytron.config import DataParallelConfig, OptimizerConfig, PrecisionConfig, from_mapping
 from raytron.optim.adamw import AdamW
 from raytron.optim.muon import batch_dims, orthogonal
 from raytron.optim.sharded import ShardedOptimizer
-from raytron.optim.share import group_of, unmatched
 from raytron.parallel.buckets import GradientBuckets
 from raytron.parallel.layout import Layout
 from raytron.parallel.mesh import Mesh
@@ -148,13 +147,6 @@ def test_what_muon_takes_for_a_matrix():
     assert {batch_dims(name, shape) for name, shape in others.items()} == {None}
 
 
-def test_the_first_group_that_matches_holds():
-    groups = (ParameterGroup("layers.*.norm.*", lr=2.0), ParameterGroup("layers.*", freeze=True))
-    assert group_of("layers.0.norm.weight", groups).lr == 2.0
-    assert group_of("layers.0.up.weight", groups).freeze
-    assert group_of("head.weight", groups) == ParameterGroup()
-
-
 def test_groups_change_rate_and_decay_and_freeze():
     groups = [{"match": "embed.*", "freeze": True}, {"match": "*.norm.weight", "lr": 0.5, "weight_decay": 0.2}]
     optimizer, params, values = made(**{"optimizer.groups": groups})
@@ -168,12 +160,6 @@ def test_groups_change_rate_and_decay_and_freeze():
         values[name].grad = gradients(step)[name]
         theirs.step()
     close(params[name], values[name])
-
-
-def test_a_glob_that_matches_nothing_is_told_with_names_like_it():
-    (problem,) = unmatched((ParameterGroup("layers.*"), ParameterGroup("layers.*.atention.q.*")), list(NAMES))
-    assert problem.where == "optimizer.groups[1].match"
-    assert "layers.0.attention.q.weight" in problem.remedy
 
 
 def test_defaults_train_with_torchs_fused_kernel():

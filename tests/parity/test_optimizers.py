@@ -18,6 +18,7 @@ MESHES: dict[str, dict[str, Any]] = {
     "tp2-dp2": {"mesh.tp": 2, "mesh.dp": 2},
     "dp2-zero0": {"mesh.dp": 2, "data_parallel.zero": 0},
     "tp4-repeated-kv": {"mesh.tp": 4},
+    "cp2-tp2": {"mesh.cp": 2, "mesh.tp": 2},
     "dp3-uneven": {"mesh.dp": 3, "global_batch_size": 6, "micro_batch_size": 1},
     "pp2-dp2-zero2": {"mesh.pp": 2, "mesh.dp": 2, "data_parallel.zero": 2, "pipeline.schedule": "zb-h1"},
     "gpt2-pp2-tp2-dp2": {"mesh.pp": 2, "mesh.tp": 2, "mesh.dp": 2},

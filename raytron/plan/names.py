@@ -1,0 +1,82 @@
+"""The names of a model's parameters, known before the model is made: for globs over them, and norms by layer.
+
+embed.weight  [position.weight]  layers.{i}.attention.* layers.{i}.mlp.*  norm.*  [head.weight]
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from raytron.config import ModelConfig, ParameterGroup
+from raytron.errors import Problem
+
+
+def parameter_names(model: ModelConfig) -> tuple[str, ...]:
+    """The full names of all parameters, in the order of the forward pass."""
+    names = ["embed.weight", *(["position.weight"] if model.positions == "learned" else [])]
+    for layer in range(model.layers):
+        names += [f"layers.{layer}.attention.{part}" for part in _attention(model)]
+        names += [f"layers.{layer}.mlp.{part}" for part in _feed_forward(model)]
+    names += [f"norm.{part}" for part in _norm(model)]
+    return (*names, *([] if model.tied_embeddings else ["head.weight"]))
+
+
+def _norm(model: ModelConfig) -> tuple[str, ...]:
+    return ("weight", "bias") if model.norm == "layernorm" else ("weight",)
+
+
+def _attention(model: ModelConfig) -> Iterator[str]:
+    yield from (f"norm.{part}" for part in _norm(model))
+    yield from ("q.weight", "kv.weight", "out.weight")
+    if model.qkv_bias:
+        yield from ("q.bias", "kv.bias")
+    if model.bias:
+        yield "out.bias"
+    if model.qk_norm:
+        yield from ("q_norm.weight", "k_norm.weight")
+
+
+def _feed_forward(model: ModelConfig) -> Iterator[str]:
+    yield from (f"norm.{part}" for part in _norm(model))
+    yield from ("up.weight", "down.weight")
+    if model.bias:
+        yield from ("up.bias", "down.bias")
+
+
+def layer_of(name: str) -> str:
+    """What a parameter is counted with: "layers.3" for one of layer 3, else its first word: "embed", "norm", "head"."""
+    words = name.split(".")
+    return ".".join(words[:2]) if words[0] == "layers" else words[0]
+
+
+def layers_of(model: ModelConfig) -> tuple[str, ...]:
+    """Everything that `layer_of` names, in the order of the forward pass."""
+    return tuple(dict.fromkeys(map(layer_of, parameter_names(model))))
+
+
+def unmatched(groups: Sequence[ParameterGroup], model: ModelConfig) -> list[Problem]:
+    """A problem for each group whose glob matches none of the model's parameters, with names like it; and one where
+    together they freeze everything."""
+    names = parameter_names(model)
+    found = [
+        Problem(f"optimizer.groups[{index}].match", f"{group.match!r} matches no parameter", _like(group.match, names))
+        for index, group in enumerate(groups)
+        if not any(fnmatchcase(name, group.match) for name in names)
+    ]
+    if all(group_of(name, groups).freeze for name in names):
+        found.append(Problem("optimizer.groups", "they freeze every parameter", "leave some to train"))
+    return found
+
+
+def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
+    """The first group that matches a full name, or one that changes nothing."""
+    return next((group for group in groups if fnmatchcase(name, group.match)), ParameterGroup())
+
+
+def _like(pattern: str, names: Sequence[str]) -> str:
+    wanted = re.sub(r"[*?\[\]!]", "", pattern)
+    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3) or list(names[:3])
+    return f"use a glob that matches a name such as {', '.join(close)}"
