@@ -31,7 +31,8 @@ class Sequences:
 
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
         share = range(first + part * count // parts, first + (part + 1) * count // parts)
-        return Batch(*map(np.concatenate, zip(*(batch_of(self.config, number) for number in share), strict=True)))
+        columns = zip(*(batch_of(self.config, number) for number in share), strict=True)
+        return Batch(*(None if parts[0] is None else np.concatenate(parts) for parts in columns))
 
 
 def trainer_of(rank: int, config: RunConfig) -> Trainer:
