@@ -3,8 +3,8 @@
     gradient share ─► Optimizer (adamw | muon + adamw | lion | sgd) ─► fp32 master ─► cast ─► gathered over dp ─► parameters
 
 A share's master is the parameter itself where it is fp32 and owned whole, else an fp32 copy of the share, under `offload`
-on the host. All optimizers
-decouple weight decay from the gradient; it skips norms, biases and embeddings unless `decay_all` or a group says otherwise.
+on the host. All optimizers decouple weight decay from the gradient; it skips norms, biases and embeddings unless
+`decay_all` or a group says otherwise.
 """
 
 from __future__ import annotations

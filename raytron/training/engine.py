@@ -167,28 +167,25 @@ class Engine:
         if not by_layer and meter is None:
             return {NORM: values.sum().item()}
         each = dict(zip(names, values.tolist(), strict=True))
-        out = (
-            dict.fromkeys((NORM + layer for layer in layers_of(self.plan.config.model)), 0.0)
-            if by_layer
-            else {NORM: 0.0}
-        )
+        out = dict.fromkeys(self._norm_keys(by_layer), 0.0)
         for name, value in each.items():
             out[NORM + layer_of(name) if by_layer else NORM] += value
         if meter is not None:
             out |= {"noise small": meter.local(), "noise big": meter.summed(each)}
         return out
 
+    def _norm_keys(self, by_layer: bool) -> list[str]:
+        return [NORM + layer for layer in layers_of(self.plan.config.model)] if by_layer else [NORM]
+
     def _noise(self, sums: dict[str, float], mend: float, sequences: int) -> Noise | None:
         if self.noise_meter is None:
             return None
-        dp = (
-            self.mesh.shape.dp
-        )  # a rank's own gradient, like the sum of all, is divided by the tokens of the whole batch
+        dp = self.mesh.shape.dp  # a rank's own gradient was divided by the tokens of the whole batch, too
         return noise(sums["noise small"] * dp * mend**2, sums["noise big"] * mend**2, sequences, dp)
 
     def _counted(self, by_layer: bool) -> dict[str, list[Tensor]]:
         """The gradients that this rank counts in the norm, by the names of `_squares`."""
-        out: dict[str, list[Tensor]] = {NORM + layer: [] for layer in (self.layers if by_layer else [""])}
+        out: dict[str, list[Tensor]] = {key: [] for key in self._norm_keys(by_layer)}
         for share in self.optimizer.trained:
             if share.owned.counted:
                 out[NORM + layer_of(share.name) if by_layer else NORM].append(share.gradient)
