@@ -130,6 +130,7 @@ class PipelineConfig:
     virtual_stages: int | None = None  # model chunks per pipeline rank; None: the fewest that the schedule takes
     split: tuple[int, ...] | None = None  # layers of each stage, first to last; None: balanced by cost
     layout: str | None = None  # stages as text, such as "Et|tt|tt|tL": E embedding, t layer, L loss head; or `split`
+    memory_gb: float | None = None  # auto: GiB that a worker may fill; None: 90 % of what the cluster's devices have
 
     @property
     def chunks(self) -> int:
@@ -256,6 +257,7 @@ class ObserveConfig:
     gradient_noise: bool = False  # record what the gradient noise scale is made of (needs dp > 1)
     tensorboard: bool = False
     ray_metrics: bool = True
+    trace_steps: tuple[int, int] | None = None  # first and last step whose actions are traced, into run_dir/trace
 
 
 @dataclass(frozen=True)

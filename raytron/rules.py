@@ -107,7 +107,7 @@ RANGES: tuple[Range, ...] = (
     *_share("model.dropout model.attention_dropout"),
     *_at_least(1, "mesh.pp mesh.dp mesh.replicate mesh.cp mesh.cp_all_to_all mesh.tp mesh.ep pipeline.virtual_stages"),
     *_at_least(0, "data_parallel.prefetch"),
-    *_more_than_zero("data_parallel.bucket_mb"),
+    *_more_than_zero("pipeline.memory_gb data_parallel.bucket_mb"),
     *_share("optimizer.beta1 optimizer.beta2 optimizer.momentum"),
     Range("optimizer.newton_schulz_steps", 1, 20),
     *_more_than_zero("precision.loss_scale"),
@@ -268,9 +268,7 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
 NOT_YET = {
     "mesh.ep": 1, "mesh.etp": 1, "model.experts.count": 0,
 }  # fmt: skip
-NOT_YET_VALUES = {
-    "pipeline.schedule": ("auto",),
-}  # fmt: skip
+NOT_YET_VALUES: dict[str, tuple[str, ...]] = {}
 
 
 def _unsupported(config: RunConfig) -> Iterator[Problem]:

@@ -65,10 +65,32 @@ class ClusterShape:
         """How many workers fit on all nodes."""
         return sum(node.slots(config, self.device(config)) for node in self.nodes)
 
+    def worker_memory(self, config: ClusterConfig) -> int | None:
+        """Bytes that the smallest device, or on CPUs a worker's share of the smallest node, has; None where unknown."""
+        device = self.device(config)
+        if device == "cuda":
+            known = [_device_memory(node.device_name) for node in self.nodes if node.gpus]
+        else:
+            known = [node.memory_bytes // max(1, node.slots(config, device)) or None for node in self.nodes]
+        return None if None in known else min((size for size in known if size is not None), default=None)
+
     def __str__(self) -> str:
         count = len(self.nodes)
         gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
         return f"{count} node{'s' if count != 1 else ''} with {self.cpus:g} CPUs{gpus}"
+
+
+# GB as their makers state them; the first name that matches counts
+_MEMORY = (
+    (r"GB300|B300", 288), (r"GB200", 186), (r"B200", 180), (r"GH200", 96), (r"H200", 141), (r"H100 NVL", 94), (r"H20\b", 96),
+    (r"H100|H800", 80), (r"A100.*40|A100-PCIE-40", 40), (r"A100|A800", 80), (r"A40\b|L40", 48), (r"A10G?\b|L4\b", 24),
+    (r"RTX 4090", 24), (r"V100.*16", 16), (r"V100", 32), (r"T4\b", 16),
+)  # fmt: skip
+
+
+def _device_memory(name: str | None) -> int | None:
+    """Bytes of a GPU by its name."""
+    return next((size * 10**9 for pattern, size in _MEMORY if name and re.search(pattern, name, re.IGNORECASE)), None)
 
 
 def on_paper(text: str) -> ClusterShape:

@@ -156,4 +156,4 @@ def counted(count: float) -> str:
 
 def plural(count: int, noun: str) -> str:
     """`1 node`, `2 nodes`."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("ch") else "s")

@@ -8,21 +8,25 @@ another plan.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 from raytron.config import RunConfig
 from raytron.errors import ConfigError
 from raytron.plan import draw, flops
+from raytron.plan.auto import Choice, choose, resolved
 from raytron.plan.cluster import ClusterShape, NodeShape, too_small
 from raytron.plan.memory import Memory, estimate
 from raytron.plan.mesh import MeshShape
 from raytron.plan.names import unmatched
 from raytron.plan.schedule import Schedule, forward_only, generate
 from raytron.plan.simulate import Cost, Timeline, simulate
+from raytron.plan.times import Times
 from raytron.plan.weigh import stage_cost, stages_of
 from raytron.rules import problems
+
+USABLE = 0.9  # of a device's memory: the rest is fragmentation, workspaces and what the framework takes
 
 __all__ = ["ClusterShape", "NodeShape", "Plan", "make_plan"]
 
@@ -33,6 +37,7 @@ class Plan:
 
     stages: the layers [a, b) of each global stage. evaluation: the schedule of forwards alone, with the same placement.
     memory: bytes on each pipeline rank. timeline: the simulated schedule; its unit is the mean forward of a stage.
+    choice: what was tried where the schedule is `auto`.
     """
 
     config: RunConfig
@@ -43,6 +48,7 @@ class Plan:
     memory: Memory
     timeline: Timeline
     cluster: ClusterShape | None = None
+    choice: Choice | None = None
 
     def schedule_for(self, sequences: int) -> Schedule:
         """The schedule of a step with a global batch of some size: on the way up a batch ramp there are fewer
@@ -79,10 +85,16 @@ class Plan:
         return "\n\n".join([*parts, *(f"warning: {text}" for text in self.warnings)])
 
 
-def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
+def make_plan(
+    config: RunConfig,
+    cluster: ClusterShape | None,
+    times: Times | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Plan:
     """The plan of a run on a cluster; None: without regard to one.
 
-    Raises ConfigError with every problem of the configuration, a mesh that is larger than the cluster included.
+    times: measured ones, for the choice of a schedule and its timeline; None: by FLOPs. report: is told what `auto`
+    simulates. Raises ConfigError with every problem of the configuration, a mesh that is larger than the cluster included.
     """
     found = problems(config)
     if not {problem.where.partition(".")[0] for problem in found} & {"model", "optimizer"}:
@@ -92,10 +104,14 @@ def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
         found += too_small(cluster, config.cluster, mesh.world, str(mesh))
     if found:
         raise ConfigError(found)
-    pp, chunks = config.mesh.pp, config.pipeline.chunks
-    stages = stages_of(config, pp * chunks)
-    cost = stage_cost(config, stages)
-    schedule = generate(config.pipeline.schedule, pp, chunks, config.microbatches, cost)
+    choice, chosen = None, config
+    if config.pipeline.schedule == "auto":
+        choice = choose(config, _memory_limit(config, cluster), times, report)
+        chosen = resolved(config, choice.best.name, choice.best.chunks)
+    pp, chunks = config.mesh.pp, chosen.pipeline.chunks
+    stages = stages_of(chosen, pp * chunks)
+    cost = stage_cost(chosen, stages, times)
+    schedule = generate(chosen.pipeline.schedule, pp, chunks, config.microbatches, cost)
     evaluation = forward_only(schedule.rank_of, config.microbatches)
     simulate(evaluation)
     return Plan(
@@ -104,10 +120,19 @@ def make_plan(config: RunConfig, cluster: ClusterShape | None) -> Plan:
         stages=stages,
         schedule=schedule,
         evaluation=evaluation,
-        memory=estimate(config, stages, schedule),
+        memory=estimate(chosen, stages, schedule),
         timeline=simulate(schedule, cost),
         cluster=cluster,
+        choice=choice,
     )
+
+
+def _memory_limit(config: RunConfig, cluster: ClusterShape | None) -> int | None:
+    """Bytes that a worker may fill, where that is said or known."""
+    if config.pipeline.memory_gb is not None:
+        return round(config.pipeline.memory_gb * 2**30)
+    known = None if cluster is None else cluster.worker_memory(config.cluster)
+    return None if known is None else round(USABLE * known)
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,6 +193,13 @@ def _pipeline(plan: Plan) -> str:
     ]
     if plan.mesh.pp == 1:
         return "\n".join(head)
+    chunks = len(plan.stages) // plan.mesh.pp
+    spans = f"makespan {plan.timeline.makespan / chunks:.2f}, a rank's own span {plan.timeline.own_span / chunks:.2f}"
+    head.append(
+        f"          {spans}: in mean forwards of a rank, for {draw.plural(plan.schedule.microbatches, 'micro-batch')}"
+    )
+    if plan.choice is not None:
+        head.append(str(plan.choice))
     return "\n".join([*head, draw.schedule_text(plan.schedule, rows=8)])
 
 

@@ -64,6 +64,12 @@ class Timeline:
         return max(end[-1] - start[0] - busy for start, end, busy in spans if end)
 
     @property
+    def own_span(self) -> float:
+        """The longest time of a rank from its own first start to its own last end: what a step takes where no rank waits
+        for the others between two steps."""
+        return max((end[-1] - start[0] for start, end in zip(self.start, self.end, strict=True) if end), default=0.0)
+
+    @property
     def mean_idle(self) -> float:
         """The share of the makespan in which a rank is idle, on average over the ranks."""
         return sum(map(self.idle, range(len(self.busy)))) / len(self.busy)
