@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,8 +14,9 @@ from raytron.parallel.context import ContextParallel
 from raytron.parallel.mesh import Group, Mesh
 from raytron.parallel.offload import Offload
 from raytron.parallel.parameter import Param
+from raytron.parallel.shares import keep_share
 from raytron.parallel.tensor import TensorParallel
-from raytron.plan.mesh import Coords
+from raytron.plan.mesh import Axis, Coords
 from raytron.plan.plan import Plan
 from raytron.plan.recompute import treatments
 
@@ -46,7 +48,9 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
     dtype = DTYPES[config.precision.dtype]
     parallel = TensorParallel(mesh.tp, config.mesh.sequence_parallel)
     context_parallel = ContextParallel.of(mesh)
-    build = Builder(parallel, context_parallel, mesh.place, config.seed, dtype, mesh.device)
+    build = Builder(
+        parallel, context_parallel, mesh.place, config.seed, dtype, mesh.device, partial(_shed, config, mesh)
+    )
     offload = None
     if config.memory.offload_activations:
         offload = Offload(mesh.device, round(config.memory.offload_min_mb * 2**20))
@@ -70,6 +74,14 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
         table = stage.table if number == 0 else table
         stages[number] = stage
     return Assembly(stages, build.params, parallel, context_parallel, dtype, _tied(config, plan, mesh, stages))
+
+
+def _shed(config: RunConfig, mesh: Mesh, param: Param) -> None:
+    """ZeRO 3: of a new parameter only this rank's share stays."""
+    axes: tuple[Axis, ...] = ("eshard",) if param.cut.expert else ("shard", "cp")
+    owners = mesh.shape.size(*axes)
+    if config.data_parallel.zero == 3 and owners > 1:
+        keep_share(param, owners, mesh.shape.index(mesh.rank, *axes))
 
 
 def _tied(config: RunConfig, plan: Plan, mesh: Mesh, stages: dict[int, Stage]) -> tuple[Param, Group] | None:

@@ -7,6 +7,8 @@ al., 2019); norms are one, biases zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from raytron.parallel.context import ContextParallel
@@ -27,9 +29,11 @@ class Builder:
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        made: Callable[[Param], None] = lambda param: None,
     ):
+        """made: is told of each parameter as soon as it has its values."""
         self.parallel, self.context_parallel, self.place = parallel, context_parallel, place
-        self.seed, self.dtype, self.device = seed, dtype, device
+        self.seed, self.dtype, self.device, self.made = seed, dtype, device, made
         self.params: list[Param] = []
 
     def normal(
@@ -59,18 +63,16 @@ class Builder:
     ) -> Param:
         """A norm weight or a bias; no weight decay. `partial`: the gradient is a partial sum over tp."""
         layout = Layout(shape, _over_tp(dim, repeat), partial=partial if dim is None else repeat > 1)
-        param = self._make(name, layout, False, 0.0)
-        with torch.no_grad():
-            param.fill_(value)
-        return param
+        return self._make(name, layout, False, 0.0, value)
 
-    def _make(self, name: str, layout: Layout, decay: bool, std: float) -> Param:
-        values = torch.zeros(layout.local_shape(self.place), device=self.device)
+    def _make(self, name: str, layout: Layout, decay: bool, std: float, value: float = 0.0) -> Param:
+        values = torch.full(layout.local_shape(self.place), value, device=self.device)
         if std > 0:
             key = key_of(self.seed, "init", name)
             fill_normal(values, layout, self.place, key, std)
         param = Param(values.to(self.dtype), name, layout, decay)
         self.params.append(param)
+        self.made(param)
         return param
 
 

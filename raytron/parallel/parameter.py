@@ -35,11 +35,12 @@ class Param(nn.Parameter):
     sink: Sink | None
     main_grad: Tensor | None  # fp32, the shape of the parameter; None: the sink makes it when it is needed
     fresh: bool  # main_grad holds nothing yet
+    kept: Tensor | None  # this rank's share, while the parameter itself is freed and nothing else holds it (ZeRO 3)
 
     def __new__(cls, data: Tensor, name: str, layout: Layout, decay: bool) -> Param:
         made: Param = torch.Tensor._make_subclass(cls, data, True)
         made.full_name, made.cut, made.decay = name, layout, decay
-        made.sink, made.main_grad, made.fresh = None, None, True
+        made.sink, made.main_grad, made.fresh, made.kept = None, None, True, None
         return made
 
     def route_gradient(self, sink: Sink) -> None:

@@ -109,6 +109,12 @@ class Shares:
                 self.part(tensor, number, owner).copy_(self.piece(packed[owner], number, owner))
 
 
+def keep_share(param: Param, owners: int, index: int) -> None:
+    """Frees a new parameter but for the share of one of its owners, so that a rank never has room for the whole model."""
+    param.kept = Shares([param], owners, index).part(param.detach(), 0).clone()
+    param.untyped_storage().resize_(0)
+
+
 def _widest(shape: Sequence[int]) -> int:
     return max(range(len(shape)), key=lambda dim: (shape[dim], -dim))
 

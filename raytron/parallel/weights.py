@@ -68,6 +68,10 @@ class Weights:
         if not self.watched:
             self._arrive()
 
+    @property
+    def under_way(self) -> bool:
+        return self._pending is not None
+
     def start(self) -> None:
         """Starts to gather, if there is need."""
         if self.stale and self._pending is None:
@@ -103,7 +107,11 @@ class Weights:
         first = self.params[0]
         mine = torch.zeros(self.shares.size, dtype=first.dtype, device=first.device)
         for number, param in enumerate(self.params):
-            self.shares.piece(mine, number).copy_(self.shares.part(param.detach(), number))
+            if param.kept is None:
+                self.shares.piece(mine, number).copy_(self.shares.part(param.detach(), number))
+            else:
+                self.shares.piece(mine, number).copy_(param.kept)
+                param.kept = None
         return mine
 
     def _free(self) -> None:

@@ -30,6 +30,14 @@ MESHES: dict[str, dict[str, Any]] = {
     "tp2 pp2 dp2": {"mesh.tp": 2, "mesh.pp": 2, "mesh.dp": 2, "data_parallel.zero": 2},
     "tp4": {"mesh.tp": 4, "mesh.sequence_parallel": False},
     "dp3": {"mesh.dp": 3, "micro_batch_size": 1},
+    "zero 3": {"mesh.dp": 2, "mesh.tp": 2, "data_parallel.zero": 3},
+    "hybrid, offload": {
+        "mesh.dp": 4,
+        "mesh.replicate": 2,
+        "data_parallel.zero": 3,
+        "data_parallel.offload": True,
+        "micro_batch_size": 1,
+    },
 }
 
 
