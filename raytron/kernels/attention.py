@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raytron.kernels import flash
 from raytron.kernels.tiles import Tile, strips
 
 Keep = Callable[[Tile], Tensor]  # dropout: what multiplies the probabilities of a tile, (rows, H, height, width)
@@ -68,13 +69,12 @@ def add_attention(
 ) -> None:
     """Merges the attention of q (B,H,S,h) to k and v (B,KV,T,h) in some tiles into `out` (B,H,S,h) and `lse` (B,H,S), both
     float32; before the first, `out` is 0 and `lse` -∞."""
+    pack, tiles = _packed(q, tiles, keep)
+    if pack is not None:
+        _merge(out, lse, *flash.pack_forward(q, k, v, pack))
     for tile in _pieces(q, tiles, keep):
-        part, part_lse = _forward(_queries(tile, q), _keys(tile, k), _keys(tile, v), tile, keep)
-        whole, whole_lse = _queries(tile, out), _queries(tile, lse)
-        merged = torch.logaddexp(whole_lse, part_lse)
-        whole.mul_((whole_lse - merged).exp_().unsqueeze(-1))
-        whole.add_(part * (part_lse - merged).exp_().unsqueeze(-1))
-        whole_lse.copy_(merged)
+        part = _forward(_queries(tile, q), _keys(tile, k), _keys(tile, v), tile, keep)
+        _merge(_queries(tile, out), _queries(tile, lse), *part)
 
 
 @torch.no_grad()
@@ -92,11 +92,22 @@ def add_gradients(
     """Adds to the gradients of q, k and v (float32, of their shapes) what some tiles give; `out` (B,H,S,h) and `lse`
     (B,H,S) are the final ones, of all tiles."""
     dq, dk, dv = gradients
+    pack, tiles = _packed(q, tiles, keep)
+    if pack is not None:
+        for whole, part in zip(gradients, flash.pack_backward(dout, q, out, lse, k, v, pack), strict=True):
+            whole.add_(part)
     for tile in _pieces(q, tiles, keep):
         dy, x, y, log_sum = (_queries(tile, whole) for whole in (dout, q, out, lse))
         parts = _backward(dy, x, y, log_sum, _keys(tile, k), _keys(tile, v), tile, keep)
         for whole, part in zip((_queries(tile, dq), _keys(tile, dk), _keys(tile, dv)), parts, strict=True):
             whole.add_(part)
+
+
+def _merge(whole: Tensor, whole_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    merged = torch.logaddexp(whole_lse, part_lse)
+    whole.mul_((whole_lse - merged).exp_().unsqueeze(-1))
+    whole.add_(part * (part_lse - merged).exp_().unsqueeze(-1))
+    whole_lse.copy_(merged)
 
 
 def _queries(tile: Tile, x: Tensor) -> Tensor:
@@ -109,24 +120,23 @@ def _keys(tile: Tile, x: Tensor) -> Tensor:
     return x[tile.rows[0] : tile.rows[1], :, tile.keys[0] : tile.keys[1]]
 
 
-def _on_gpu(q: Tensor) -> bool:
-    """Whether flash attention on a GPU takes these heads."""
-    return q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+def _packed(q: Tensor, tiles: Sequence[Tile], keep: Keep | None) -> tuple[flash.Pack | None, Sequence[Tile]]:
+    return flash.packed(q, tiles) if keep is None and flash.takes(q) else (None, tiles)
 
 
 def _pieces(q: Tensor, tiles: Sequence[Tile], keep: Keep | None) -> Iterator[Tile]:
     """The tiles, in strips where the kernel would need a mask of one or the formula its scores."""
     for tile in tiles:
-        flash = keep is None and (_on_gpu(q) or (not q.is_cuda and (tile.full or tile.square)))
-        yield from (tile,) if flash else strips(tile, STRIP)
+        plain = keep is None and (flash.takes(q) or (not q.is_cuda and (tile.full or tile.square)))
+        yield from (tile,) if plain else strips(tile, STRIP)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile, keep: Keep | None) -> tuple[Tensor, Tensor]:
     """The output (B,H,S,h) and log-sum-exp (B,H,S), float32, of one tile."""
-    if keep is not None or (q.is_cuda and not _on_gpu(q)):
+    if keep is not None or (q.is_cuda and not flash.takes(q)):
         return tile_formula(q, k, v, tile, keep)
-    if q.is_cuda:
-        return _gpu_forward(q, k, v, tile)
+    if flash.takes(q):
+        return flash.forward(q, k, v, tile)
     out, lse = _cpu_flash(q, k, v, 0.0, tile.square, attn_mask=_bias(q, tile))
     return out, lse
 
@@ -135,10 +145,10 @@ def _backward(
     dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, tile: Tile, keep: Keep | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v in one tile."""
-    if keep is not None or (q.is_cuda and not _on_gpu(q)):
+    if keep is not None or (q.is_cuda and not flash.takes(q)):
         return tile_formula_backward(dout, q, out, lse, k, v, tile, keep)
-    if q.is_cuda:
-        return _gpu_backward(dout, q, out, lse, k, v, tile)
+    if flash.takes(q):
+        return flash.backward(dout, q, out, lse, k, v, tile)
     dq, dk, dv = _cpu_flash_backward(dout, q, k, v, out, lse, 0.0, tile.square, attn_mask=_bias(q, tile))
     return dq, dk, dv
 
@@ -156,30 +166,6 @@ def hidden_in(tile: Tile, device: torch.device) -> Tensor | None:
 def _bias(q: Tensor, tile: Tile) -> Tensor | None:
     hidden = None if tile.square else hidden_in(tile, q.device)
     return None if hidden is None else torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
-
-
-# A GPU's flash attention, which takes (B,S,H,h); dropout is never its own, so it needs no random state. Not run yet.
-
-
-def _gpu_forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    left, right = tile.band
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(x.transpose(1, 2) for x in (q, k, v)), None, None, tile.height, tile.width, 0.0, False, False,
-        window_size_left=left, window_size_right=right,
-    )  # fmt: skip
-    return out.transpose(1, 2), lse
-
-
-def _gpu_backward(
-    dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, tile: Tile
-) -> tuple[Tensor, Tensor, Tensor]:
-    left, right = tile.band
-    random = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        *(x.transpose(1, 2) for x in (dout, q, k, v, out)), lse.contiguous(), None, None, tile.height, tile.width,
-        0.0, False, random, random, window_size_left=left, window_size_right=right,
-    )  # fmt: skip
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def tile_formula(q: Tensor, k: Tensor, v: Tensor, tile: Tile, keep: Keep | None = None) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from raytron.config import from_mapping
 from raytron.data.batch import Batch
-from raytron.kernels.attention import causal_attention, reference
+from raytron.kernels.attention import add_attention, add_gradients, causal_attention, reference, seen_by
+from raytron.kernels.tiles import Span, tiles
 from raytron.parallel.mesh import Mesh
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
@@ -22,6 +25,7 @@ CONFIG = from_mapping(
      "sequence_length": 64, "global_batch_size": 4, "micro_batch_size": 2, "data": {"dataset": "random"},
      "lr": {"peak": 1e-3, "final": 1e-4}}
 )  # fmt: skip
+LENGTH = 129
 
 
 def batch(seed: int = 0) -> Batch:
@@ -48,9 +52,50 @@ def test_bf16_steps_stay_near() -> None:
     assert losses("bf16") == pytest.approx(truth(), rel=1e-2)
 
 
-@pytest.mark.parametrize("window", [None, 17])
-def test_attention_equals_the_formula(window: int | None) -> None:
-    q = torch.randn(2, 8, 129, 64, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(2, 2, 129, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    fast, plain = causal_attention(q, k, v, window).float(), reference(q.float(), k.float(), v.float(), window)
-    assert (fast - plain).norm() < 1e-2 * plain.norm()
+def heads(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Queries, keys, values and the output's gradient, heads and key-value heads interleaved in memory as in the model."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = [(LENGTH, 2, count, 64) for count in (8, 2, 2, 8)]
+    made = [torch.randn(size, generator=generator, device="cuda", dtype=dtype) for size in sizes]
+    return [x.permute(1, 2, 0, 3).requires_grad_() for x in made]
+
+
+def near(mine: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> None:
+    for a, b in zip(mine, truth, strict=True):
+        assert (a.float() - b).norm() < 1e-2 * b.norm()
+
+
+def test_attention_equals_the_formula() -> None:
+    q, k, v, dout = heads(torch.bfloat16)
+    fast = causal_attention(q, k, v)
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    plain = reference(*wide, seen_by(LENGTH).cuda())
+    near([fast, *torch.autograd.grad(fast, (q, k, v), dout)], [plain, *torch.autograd.grad(plain, wide, dout.float())])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["flash", "formula"])
+@pytest.mark.parametrize("window", [None, 1, 17, 1000])
+@pytest.mark.parametrize("starts", [None, ((0, 30, 31, 100), (0,))], ids=["one", "documents"])
+def test_tiles_equal_the_formula(
+    dtype: torch.dtype, window: int | None, starts: Sequence[Sequence[int]] | None
+) -> None:
+    """Two blocks of keys merged by their log-sum-exp, forward and backward, as on a ring."""
+    q, k, v, dout = (x.detach() for x in heads(dtype))
+    at, documents = torch.arange(LENGTH), None
+    if starts is not None:
+        documents = torch.stack([torch.bucketize(at, torch.tensor(row), right=True) for row in starts])
+    wide = [x.float().requires_grad_() for x in (q, k, v)]
+    truth = reference(*wide, seen_by(LENGTH, window, documents).cuda())
+    out = torch.zeros(q.shape, device="cuda")
+    lse = torch.full(q.shape[:3], -torch.inf, device="cuda")
+    gradients = [torch.zeros(x.shape, device="cuda") for x in (q, k, v)]
+    blocks = [(slice(*ends), tiles([Span(0, 0, LENGTH)], [Span(ends[0], 0, ends[1] - ends[0])], 2, window, starts))
+              for ends in ((70, LENGTH), (0, 70))]  # fmt: skip
+    for block, found in blocks:
+        add_attention(out, lse, q, k[:, :, block], v[:, :, block], found)
+    for block, found in blocks:
+        parts = (gradients[0], gradients[1][:, :, block], gradients[2][:, :, block])
+        add_gradients(parts, dout, q, k[:, :, block], v[:, :, block], out.to(dtype), lse, found)
+    near([out], [truth])
+    for mine, plain in zip(gradients, torch.autograd.grad(truth, wide, dout.float()), strict=True):
+        assert (mine - plain).norm() <= 1e-2 * plain.norm() + 1e-2
