@@ -351,15 +351,6 @@ def _replicas(config: RunConfig) -> Iterator[Problem]:
         yield Problem("mesh.replicate", what, "use 1, or set data_parallel.zero to 1, 2 or 3")
 
 
-def _offload(config: RunConfig) -> Iterator[Problem]:
-    if config.data_parallel.offload and config.optimizer.name == "muon":
-        what = "muon brings matrices together over the devices' network, and offload keeps them on the host"
-        yield Problem("data_parallel.offload", what, "set it to false, or use adamw, lion or sgd")
-
-
-CANONICAL_OPTIMIZERS = ("adamw", "lion", "sgd")  # an element's update does not depend on the others
-
-
 def _canonical(config: RunConfig) -> Iterator[Problem]:
     if config.determinism != "canonical":
         return
@@ -372,9 +363,6 @@ def _canonical(config: RunConfig) -> Iterator[Problem]:
     if config.mesh.ep > 1:
         what = "an expert on its own rank adds up tokens of several micro-batches, against determinism: canonical"
         yield Problem("mesh.ep", what, "use 1, or set determinism to mesh")
-    if config.optimizer.name not in CANONICAL_OPTIMIZERS:
-        what = f"{config.optimizer.name} does not update each element on its own, against determinism: canonical"
-        yield Problem("optimizer.name", what, f"use {', '.join(CANONICAL_OPTIMIZERS)}, or set determinism to mesh")
 
 
 def _schedule(config: RunConfig) -> Iterator[Problem]:
@@ -560,7 +548,6 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("pipeline.layout", _layout),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.dp mesh.replicate data_parallel.zero", _replicas),
-    ("data_parallel.offload optimizer.name", _offload),
     ("", _canonical),
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
     ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _schedule_batch),

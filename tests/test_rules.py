@@ -95,8 +95,6 @@ CASES = [
     ({"data_parallel.prefetch": -1}, "data_parallel.prefetch", "too small", "0 or more"),
     ({"determinism": "canonical"}, "cluster.threads_per_worker", "one number of threads", "use 1"),
     ({**CANONICAL, "data_parallel.reduce_dtype": "bf16"}, "data_parallel.reduce_dtype", "rounded", "use fp32"),
-    ({**CANONICAL, "optimizer.name": "muon"}, "optimizer.name", "each element on its own", "use adamw, lion, sgd"),
-    ({"data_parallel.offload": True, "optimizer.name": "muon"}, "data_parallel.offload", "muon", "set it to false"),
     ({"pipeline.virtual_stages": 2}, "pipeline.virtual_stages", "1f1b has one model chunk", "to interleaved"),
     (
         {"pipeline.schedule": "interleaved", "pipeline.virtual_stages": 2},

@@ -79,9 +79,11 @@ class Muon:
         rounding: Rounding,
         mesh: Mesh,
         group: Group,
+        *,
+        alone: bool = False,
     ):
-        """group: the ranks that together hold the shares' parameters whole."""
-        self.shares, self.config, self.mesh = shares, config, mesh
+        """group: the ranks that together hold the shares' parameters whole. alone: work on one matrix after another."""
+        self.shares, self.config, self.mesh, self.alone = shares, config, mesh, alone
         self.dtype = torch.bfloat16 if config.newton_schulz == "bf16" else torch.float32
         self.moments = Moments(PREFIX, shares, precision, rounding)
         boxes, dims = {}, {}
@@ -109,15 +111,24 @@ class Muon:
     def _orthogonalise(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """Those of one shape at once, scaled to the size of AdamW's updates."""
         out = list(matrices)
-        shapes = dict.fromkeys(matrix.shape for matrix in matrices)
-        for shape in shapes:
-            numbers = [number for number, matrix in enumerate(matrices) if matrix.shape == shape]
-            stacked = torch.stack([matrices[number] for number in numbers])
-            made = orthogonal(stacked, self.config.newton_schulz_steps, self.dtype)
-            made *= LIKE_ADAMW * math.sqrt(max(shape))
+        for numbers in self._alike(matrices):
+            made = orthogonal(
+                torch.stack([matrices[number] for number in numbers]), self.config.newton_schulz_steps, self.dtype
+            )
+            made *= LIKE_ADAMW * math.sqrt(max(made.shape[1:]))
             for number, matrix in zip(numbers, made, strict=True):
                 out[number] = matrix
         return out
+
+    def _alike(self, matrices: Sequence[Tensor]) -> list[list[int]]:
+        """The numbers of matrices to work on together: those of one shape, or each alone where the rounding of a product
+        must not depend on which others a rank owns."""
+        if self.alone:
+            return [[number] for number in range(len(matrices))]
+        alike: dict[torch.Size, list[int]] = {}
+        for number, matrix in enumerate(matrices):
+            alike.setdefault(matrix.shape, []).append(number)
+        return list(alike.values())
 
     def state(self) -> Iterator[State]:
         for share, tensor in zip(self.shares, self.moments.tensors, strict=True):

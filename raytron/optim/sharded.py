@@ -65,8 +65,9 @@ class ShardedOptimizer:
         kinds = {False: self.mesh.axis("shard", "cp", "tp")}
         if config.model.experts.count:
             kinds[True] = self.mesh.axis("eshard", "etp")
+        canonical = config.determinism == "canonical"
         return [
-            Muon(found, config.optimizer, config.precision, self.rounding, self.mesh, group)
+            Muon(found, config.optimizer, config.precision, self.rounding, self.mesh, group, alone=canonical)
             for expert, group in kinds.items()
             if (found := [share for share in shares if share.owned.param.cut.expert == expert])
         ]

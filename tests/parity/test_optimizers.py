@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness import check_equal
+from harness import check_equal, run_mesh
 from models import tiny
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -21,6 +21,8 @@ MESHES: dict[str, dict[str, Any]] = {
     "cp2-tp2": {"mesh.cp": 2, "mesh.tp": 2},
     "dp3-uneven": {"mesh.dp": 3, "global_batch_size": 6, "micro_batch_size": 1},
     "pp2-dp2-zero2": {"mesh.pp": 2, "mesh.dp": 2, "data_parallel.zero": 2, "pipeline.schedule": "zb-h1"},
+    "dp4-replicate2-zero3": {"mesh.dp": 4, "mesh.replicate": 2, "data_parallel.zero": 3, "micro_batch_size": 1},
+    "dp2-offload": {"mesh.dp": 2, "data_parallel.offload": True},
     "gpt2-pp2-tp2-dp2": {"mesh.pp": 2, "mesh.tp": 2, "mesh.dp": 2},
 }
 CASES = [("muon", mesh) for mesh in MESHES] + [
@@ -44,3 +46,17 @@ GROUPS = [
 @pytest.mark.parametrize(("optimizer", "mesh"), [("adamw", {}), ("muon", {"mesh.tp": 2, "mesh.pp": 2, "mesh.dp": 2})])
 def test_groups_by_name(world, optimizer, mesh):
     check_equal(world, tiny("llama", **{"optimizer.name": optimizer, "optimizer.groups": GROUPS, **mesh}))
+
+
+def test_muon_gives_the_same_bits_on_any_number_of_ranks(world):
+    canonical = {
+        "determinism": "canonical",
+        "cluster.threads_per_worker": 1,
+        "global_batch_size": 6,
+        "micro_batch_size": 1,
+    }
+    one, three = (
+        run_mesh(world, tiny("llama", **OPTIMIZERS["muon"], **canonical, **{"mesh.dp": dp}), 3) for dp in (1, 3)
+    )
+    assert one.losses == three.losses
+    assert all((one.weights[name] == three.weights[name]).all() for name in one.weights)
