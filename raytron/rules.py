@@ -477,9 +477,8 @@ def _ramp_levels(config: RunConfig) -> Iterator[Problem]:
         found = [problem for check in checks for problem in check(level) if problem.where not in told]
         if found:
             where = "batch_ramp.start" if size == config.batch_ramp.start else "batch_ramp.increment"
-            unit = config.micro_batch_size * config.mesh.dp
-            use = f"let start and increment be multiples of {unit} (micro-batch × dp)"
-            yield Problem(where, f"on the way to {config.global_batch_size}: {found[0].what}", use)
+            what = f"on the way to {config.global_batch_size}: {found[0].what}"
+            yield Problem(where, what, f"where it makes {size} {found[0].remedy}")
             return
 
 

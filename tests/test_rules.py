@@ -181,13 +181,13 @@ CASES = [
         {"batch_ramp.start": 3, "batch_ramp.increment": 1, "batch_ramp.samples": 64, "mesh.dp": 2},
         "batch_ramp.start",
         "on the way to 16: 3 sequences cannot be cut",
-        "multiples of 2 (micro-batch × dp)",
+        "where it makes 3 use 2 or 4",
     ),
     (
         {"batch_ramp.start": 4, "batch_ramp.increment": 3, "batch_ramp.samples": 64, "mesh.dp": 2},
         "batch_ramp.increment",
         "on the way to 16: 7 sequences cannot be cut",
-        "multiples of 2",
+        "where it makes 7 use 6 or 8",
     ),
     ({"observe.gradient_noise": True}, "observe.gradient_noise", "there is one", "mesh.dp of 2 or more"),
     (

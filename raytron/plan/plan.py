@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from raytron.config import RunConfig
-from raytron.errors import ConfigError
+from raytron.errors import ConfigError, Problem, ScheduleError
 from raytron.plan import draw, flops
 from raytron.plan.auto import Choice, choose, resolved
 from raytron.plan.cluster import ClusterShape, NodeShape, too_small
@@ -114,7 +114,7 @@ def make_plan(
     schedule = generate(chosen.pipeline.schedule, pp, chunks, config.microbatches, cost)
     evaluation = forward_only(schedule.rank_of, config.microbatches)
     simulate(evaluation)
-    return Plan(
+    plan = Plan(
         config=config,
         mesh=MeshShape.of(config.mesh),
         stages=stages,
@@ -125,6 +125,21 @@ def make_plan(
         cluster=cluster,
         choice=choice,
     )
+    found = list(_small_batches(plan))
+    if found:
+        raise ConfigError(found)
+    return plan
+
+
+def _small_batches(plan: Plan) -> Iterator[Problem]:
+    """The first batch size on the way up a ramp that the schedule does not take: `auto` chooses for the full one."""
+    for size in plan.config.batch_sizes[:-1]:
+        try:
+            plan.schedule_for(size)
+        except ScheduleError as error:
+            what = f"{plan.schedule.name} is for the full batch, and with {size} sequences: {error}"
+            yield Problem("batch_ramp.start", what, "name another pipeline.schedule, such as 1f1b, or start higher")
+            return
 
 
 def _memory_limit(config: RunConfig, cluster: ClusterShape | None) -> int | None:
