@@ -28,6 +28,11 @@ LAZY = {
     "plan": ("raytron.plan.plan", "make_plan"),
     "paper cluster": ("raytron.plan.cluster", "on_paper"),
     "picture": ("raytron.plan.draw", "schedule_svg"),
+    "times": ("raytron.plan.times", "read_times"),
+    "traces": ("raytron.plan.trace", "read_trace"),
+    "merge traces": ("raytron.plan.trace", "merge"),
+    "simulated events": ("raytron.plan.trace", "simulated_events"),
+    "trace file": ("raytron.plan.trace", "document"),
     "data page": ("raytron.data.describe", "describe"),
     "checkpoint page": ("raytron.checkpoint.describe", "describe"),
     "generate": ("raytron.training.generate", "generate"),
@@ -66,10 +71,27 @@ def train(given: argparse.Namespace) -> int:
 
 
 def plan(given: argparse.Namespace) -> int:
-    made = lazy("plan")(_config(given), None if given.on is None else lazy("paper cluster")(given.on))
+    config = _config(given)
+    times = None if given.times is None else lazy("times")(Path(given.times), config)
+    cluster = None if given.on is None else lazy("paper cluster")(given.on)
+    made = lazy("plan")(config, cluster, times, lambda text: print(text, file=sys.stderr))
     print(made)
     if given.svg is not None:
         _write(Path(given.svg), lazy("picture")(made.schedule))
+    if given.trace is not None:
+        events = lazy("simulated events")(made.schedule, made.timeline)
+        _write(Path(given.trace), lazy("trace file")(events))
+    return 0
+
+
+def trace(given: argparse.Namespace) -> int:
+    directory = Path(given.run)
+    events, compared = lazy("merge traces")(lazy("traces")(directory))
+    path = Path(given.out) if given.out is not None else directory / "trace" / "trace.json"
+    _write(path, lazy("trace file")(events))
+    print(f"{path}: open it in https://ui.perfetto.dev")
+    for step in compared:
+        print(step)
     return 0
 
 
@@ -163,9 +185,16 @@ def _parser() -> argparse.ArgumentParser:
         if command is plan:
             made.add_argument("--on", metavar="HARDWARE", help="hardware on paper, e.g. 512xH100 or 64xA100:4")
             made.add_argument("--svg", metavar="FILE", help="also draw the schedule into an SVG file")
+            made.add_argument(
+                "--trace", metavar="FILE", help="also write the simulation as a Chrome trace, for Perfetto"
+            )
+            made.add_argument("--times", metavar="RUN_DIR", help="simulate with the times that a run has measured")
     made = add(inspect, "show a checkpoint, a run directory or a data set")
     made.add_argument("path", metavar="CHECKPOINT|DATASET")
     made.add_argument("--verify", action="store_true", help="also read and check every byte")
+    made = add(trace, "join the timelines that a run's ranks recorded, and compare them with the simulation")
+    made.add_argument("run", metavar="RUN_DIR")
+    made.add_argument("--out", metavar="FILE", help="else RUN_DIR/trace/trace.json")
     made = add(generate, "continue a prompt greedily")
     made.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run directory")
     made.add_argument("--prompt", required=True)

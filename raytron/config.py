@@ -257,7 +257,7 @@ class ObserveConfig:
     gradient_noise: bool = False  # record what the gradient noise scale is made of (needs dp > 1)
     tensorboard: bool = False
     ray_metrics: bool = True
-    trace_steps: tuple[int, int] | None = None  # first and last step whose actions are traced, into run_dir/trace
+    trace_steps: tuple[int, ...] | None = None  # [first, last] step whose actions are traced, into run_dir/trace
 
 
 @dataclass(frozen=True)

@@ -511,6 +511,13 @@ def _data(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.tokenizer.vocab" if vocab >= 257 else "model.vocab", what, remedy)
 
 
+def _trace(config: RunConfig) -> Iterator[Problem]:
+    steps = config.observe.trace_steps
+    if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        what = f"{list(steps)} are no first and last step"
+        yield Problem("observe.trace_steps", what, "use two numbers from 1, such as [2, 4], or null")
+
+
 def _texts(config: RunConfig) -> Iterator[Problem]:
     for key, value in flatten(to_mapping(config)).items():
         needed = key in ("name", "run_dir", "data.text_key", "data.tokenizer.eod")
@@ -545,6 +552,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("", _unsupported),
     ("model.layers mesh.pp pipeline.virtual_stages pipeline.split pipeline.layout", _stages),
     ("pipeline.layout", _layout),
+    ("observe.trace_steps", _trace),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.dp mesh.replicate data_parallel.zero", _replicas),
     ("", _canonical),

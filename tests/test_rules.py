@@ -81,6 +81,7 @@ CASES = [
     ({"mesh.pp": 3, "pipeline.split": [2, 0, 2]}, "pipeline.split", "leaves rank 1 with nothing", "a layer"),
     ({"mesh.pp": 2, "pipeline.layout": "Ettt|tL"} | {"model.layers": 5}, "pipeline.layout", "3 + 1 = 4", "sum to 5"),
     ({"mesh.pp": 2, "pipeline.layout": "E(t|)*3tL"}, "pipeline.layout", "4 entries for 2 stages", "give 2 entries"),
+    ({"observe.trace_steps": [4, 2]}, "observe.trace_steps", "no first and last step", "such as [2, 4]"),
     ({"mesh.pp": 2, "pipeline.layout": "Et|ttt"}, "pipeline.layout", "the loss head (L) does not", "put L last"),
     (
         {"mesh.pp": 2, "pipeline.layout": "Et*2|t*2L", "pipeline.split": [2, 2]},

@@ -19,7 +19,6 @@ device when the world is opened.)
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -41,7 +40,16 @@ class Key(NamedTuple):
     microbatch: int
 
 
-Watch = Callable[[Action, float, float], None]  # action, start and end in seconds of a monotonic clock
+class Watch(Protocol):
+    """Is told of every action while it is active. An action starts when its input is there."""
+
+    active: bool
+
+    def now(self) -> float:
+        """Seconds of a monotonic clock, when the device has done what it was given."""
+
+    def saw(self, action: Action, start: float, end: float) -> None:
+        """An action, and when it ran."""
 
 
 class StageRunner(Protocol):
@@ -216,21 +224,23 @@ class Pipeline:
         for channel, keys in program.expected:
             channel.expect(keys, shape, dtype)
         outputs: dict[int, Tensor] = {}
+        watch = self.watch if self.watch is not None and self.watch.active else None
         with torch.set_grad_enabled(not program.forward_only):
             for step in program.steps:
-                start = time.perf_counter()
                 op, stage, microbatch = step.action
+                given = None if step.takes is None else self._take(step.takes, step.source)
+                start = 0.0 if watch is None else watch.now()
                 self.deferred.microbatch = microbatch
                 if op is Op.F:
-                    y = self._forward(step, keep=not program.forward_only)
+                    y = self._forward(step, given, keep=not program.forward_only)
                     if stage == self.last:
                         outputs[microbatch] = y
                 elif op is Op.W:
                     self._weights(stage, microbatch)
                 else:
-                    self._backward(step, scale)
-                if self.watch is not None:
-                    self.watch(step.action, start, time.perf_counter())
+                    self._backward(step, given, scale)
+                if watch is not None:
+                    watch.saw(step.action, start, watch.now())
         self.links.drain()
         return outputs
 
@@ -240,11 +250,10 @@ class Pipeline:
             self._programs[id(schedule)] = (schedule, _program(schedule, self.here, self.links))
         return self._programs[id(schedule)][1]
 
-    def _forward(self, step: Step, keep: bool) -> Tensor:
+    def _forward(self, step: Step, x: Tensor | None, keep: bool) -> Tensor:
         _, stage, microbatch = step.action
-        x = None
-        if step.takes is not None:
-            x = self._take(step.takes, step.source).requires_grad_(keep)
+        if x is not None:
+            x.requires_grad_(keep)
         y = self.stages[stage].forward(x, microbatch)
         if keep:
             self._live[stage, microbatch] = (x, y)
@@ -253,10 +262,11 @@ class Pipeline:
             self._give(step.gives, step.target, out)
         return out
 
-    def _backward(self, step: Step, scale: float) -> None:
+    def _backward(self, step: Step, dy: Tensor | None, scale: float) -> None:
         op, stage, microbatch = step.action
         x, y = self._live.pop((stage, microbatch))
-        dy = torch.full_like(y, scale) if step.takes is None else self._take(step.takes, step.source)
+        if dy is None:
+            dy = torch.full_like(y, scale)
         self.deferred.active = op is Op.I
         try:
             torch.autograd.backward(y, dy)

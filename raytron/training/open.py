@@ -7,6 +7,7 @@ from pathlib import Path
 from raytron.config import RunConfig
 from raytron.data.shards import Dataset, open_dataset
 from raytron.data.stream import ShardStream
+from raytron.observe.trace import Tracer
 from raytron.parallel.mesh import Mesh
 from raytron.plan.plan import Plan
 from raytron.training.trainer import Trainer
@@ -25,4 +26,4 @@ def open_trainer(plan: Plan, mesh: Mesh, dataset: Path) -> Trainer:
     validation = None
     if evaluates(config, data):
         validation = ShardStream(data, "validation", config.sequence_length, documents=apart)
-    return Trainer(plan, mesh, stream, validation, data_digest=data.hash)
+    return Trainer(plan, mesh, stream, validation, data_digest=data.hash, tracer=Tracer.wanted(plan, mesh))

@@ -4,6 +4,8 @@
             metrics.jsonl    one line for each committed step
             events.jsonl     what happened, and why
             checkpoints/     generations
+            times/           what actions took, where a run has measured them
+            trace/           its timeline, where `observe.trace_steps` asks for it
             data/            the data set, where the run prepared it
             tokenizer.json   that of the data set
             controller.json  how to reach the run while it lives

@@ -16,10 +16,10 @@ from raytron.checkpoint.checkpointer import save as save_slices
 from raytron.config import to_mapping
 from raytron.data.batch import TokenStream
 from raytron.observe.records import Record
+from raytron.observe.trace import Tracer
 from raytron.optim.lr import learning_rate
 from raytron.parallel.layout import Slice
 from raytron.parallel.mesh import Mesh
-from raytron.parallel.pipeline import Watch
 from raytron.plan.plan import Plan
 from raytron.training.engine import Engine
 
@@ -35,11 +35,12 @@ class Trainer:
         validation: TokenStream | None = None,
         *,
         data_digest: str = "",
-        watch: Watch | None = None,
+        tracer: Tracer | None = None,
     ):
         self.plan, self.mesh, self.stream, self.validation = plan, mesh, stream, validation
         self.data_digest = data_digest
-        self.engine = Engine(plan, mesh, watch)
+        self.tracer = tracer
+        self.engine = Engine(plan, mesh, tracer)
         self.step = 0  # committed steps
         self.consumed = 0  # samples of committed steps
         self.skipped_steps = 0  # committed steps that changed nothing: their gradient was not finite
@@ -57,7 +58,11 @@ class Trainer:
         every, scale = config.observe.layer_norms, self.engine.loss_scale
         wanted = every is not None and (self.step + 1) % every == 0
         used_scale = scale.value
+        if self.tracer is not None:
+            self.tracer.begin(self.step + 1)
         result = self.engine.step(batch, lr, request, sequences=sequences, layer_norms=wanted)
+        if self.tracer is not None:
+            self.tracer.finish()
         self.consumed += sequences
         self.step += 1
         self.skipped_steps += result.skipped
