@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytron.data.batch import Batch
+from raytron.errors import DataError, Problem
 from raytron.model.assemble import Assembly, assemble
 from raytron.model.stage import Stage
 from raytron.optim.noise import Noise, NoiseMeter, noise
@@ -206,7 +207,11 @@ class Engine:
         return sequences * self.plan.config.sequence_length
 
     def _bind(self, batch: Batch, training: bool) -> list[MicroBatch]:
-        """Cuts a share of sequences into micro-batches and hands them to the stages."""
+        """Cuts a share of sequences into micro-batches and hands them to the stages. Raises DataError where documents are
+        to be kept apart and the batch does not tell them apart."""
+        if self.plan.config.data.document_mask and batch.documents is None:
+            what = "the batches of this token stream do not say where documents end"
+            raise DataError(Problem("data.document_mask", what, "use a stream that does, or set it to false"))
         batches = [*micro_batches(batch, self.plan.config.micro_batch_size, self._held(batch), self.mesh.device)]
         for bound in self._bound.values():
             bound.batches, bound.training = batches, training

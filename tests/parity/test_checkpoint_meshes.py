@@ -30,6 +30,7 @@ MESHES: dict[str, dict[str, Any]] = {
     "tp2 pp2 dp2": {"mesh.tp": 2, "mesh.pp": 2, "mesh.dp": 2, "data_parallel.zero": 2},
     "tp4": {"mesh.tp": 4, "mesh.sequence_parallel": False},
     "dp3": {"mesh.dp": 3, "micro_batch_size": 1},
+    "cp2": {"mesh.cp": 2, "data_parallel.zero": 2},
     "zero 3": {"mesh.dp": 2, "mesh.tp": 2, "data_parallel.zero": 3},
     "hybrid, offload": {
         "mesh.dp": 4,

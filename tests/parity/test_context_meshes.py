@@ -57,6 +57,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ring, recompute": ("dropped", {**RING, **APART, "memory.recompute": "full"}),
     "hybrid, recompute of attention": ("qwen3", {**HYBRID, "memory.recompute": "selective", "memory.loss_chunks": 2}),
     "ring, DualPipeV": ("llama", {**RING, "mesh.pp": 2, "pipeline.schedule": "dualpipe-v"}),
+    "ring, replicas": ("llama", {**RING, "mesh.dp": 2, "mesh.replicate": 2}),
+    "ring, ZeRO 3": ("llama", {**RING, "mesh.dp": 2, "data_parallel.zero": 3}),
+    "hybrid, ZeRO 3, tied": ("gpt2", {**HYBRID, **APART, "data_parallel.zero": 3, "memory.recompute": "full"}),
     "hybrid, pp": ("llama", {**HYBRID, **APART, "mesh.pp": 2}),
 }
 

@@ -6,6 +6,7 @@ import torch
 
 from raytron.config import from_mapping
 from raytron.data.batch import Batch
+from raytron.errors import DataError
 from raytron.parallel.mesh import Mesh
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
@@ -47,6 +48,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(engine):
     assert result.skipped
     assert all(torch.equal(a, b) for a, b in zip(before[1:], weights(engine)[1:], strict=True))
     assert engine.optimizer.updates == 0
+
+
+def test_documents_that_a_stream_does_not_tell_apart_are_refused():
+    apart = Engine(make_plan(CONFIG.replace(**{"data.document_mask": True}), None), Mesh(MeshShape(), 0))
+    with pytest.raises(DataError, match="do not say where documents end"):
+        apart.step(batch(), 1e-2)
 
 
 def test_requests_come_back(engine):
