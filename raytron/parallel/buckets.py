@@ -27,6 +27,7 @@ parallelism, repeated KV heads) and the two copies of a tied embedding on the fi
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,6 +42,7 @@ from raytron.parallel.weights import Weights
 
 __all__ = ["Bucket", "GradientBuckets", "Owned"]
 MEBIBYTE = 1 << 20
+UNDER_WAY = 2  # buckets that are reduced at the same time; each takes as much memory again as its sums
 WIRE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -202,6 +204,7 @@ class GradientBuckets:
         self._partial = self._partial_sums()
         self._remaining: dict[Param, int] = {}
         self._next = 0
+        self._under_way: deque[Bucket] = deque()
 
     @property
     def weights(self) -> list[Weights]:
@@ -231,7 +234,14 @@ class GradientBuckets:
         if any(param.fresh for param in bucket.params) or any(self._remaining[param] == 0 for param in bucket.params):
             return
         bucket.settle()
+        self._start(bucket)
+
+    def _start(self, bucket: Bucket) -> None:
+        """Starts a reduction, and waits for the one before the last, which gives its memory back."""
         bucket.reduce()
+        self._under_way.append(bucket)
+        if len(self._under_way) > UNDER_WAY:
+            self._under_way.popleft().settle()
 
     def _reduce_complete(self) -> None:
         """Starts, in order, the reduction of each bucket that awaits nothing more."""
@@ -239,13 +249,14 @@ class GradientBuckets:
             bucket = self.buckets[self._next]
             if any(self._remaining[param] > 0 for param in bucket.params):
                 return
-            bucket.reduce()
+            self._start(bucket)
             if self._next > 0 and bucket.over.replicate.size > 1:
                 self.buckets[self._next - 1].start_among_replicas()
             self._next += 1
 
     def finish(self) -> None:
         """After the last backward: every owned gradient is the sum over dp, tp and tied copies."""
+        self._under_way.clear()
         missing = [param.full_name for param, count in self._remaining.items() if count > 0]
         assert not missing, f"no gradient came for {missing}"
         for bucket in self.buckets:

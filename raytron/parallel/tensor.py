@@ -92,13 +92,13 @@ class _ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        x, weights = ctx.saved_tensors[0].detach(), ctx.weights  # a task must not hold the graph, nor `ctx`
         parallel: TensorParallel = ctx.parallel
         group, cut = parallel.group, parallel.sequence_parallel
         later = parallel.deferred.active
         gathered = start_all_gather(x, group) if cut and not later else None
-        dx = dys[0] @ matrix(ctx.weights[0])
-        for dy, weight in zip(dys[1:], ctx.weights[1:], strict=True):
+        dx = dys[0] @ matrix(weights[0])
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
             dx += dy @ matrix(weight)
         communicated = start_reduce_scatter(dx, group) if cut else start_all_reduce(dx, group)
         inputs = gathered() if gathered is not None else None
@@ -107,15 +107,15 @@ class _ColumnLinear(torch.autograd.Function):
             full = inputs
             if full is None:
                 full = all_gather(x, group) if cut else x
-            for dy, weight in zip(dys, ctx.weights, strict=True):
+            for dy, weight in zip(dys, weights, strict=True):
                 weight.add_product(_flat(dy), _flat(full))
 
         parallel.deferred.do(weight_gradients)
         db = [
             _flat(dy).sum(0).view(weight.shape[:-1]) if has else None
-            for dy, weight, has in zip(dys, ctx.weights, ctx.has_bias, strict=True)
+            for dy, weight, has in zip(dys, weights, ctx.has_bias, strict=True)
         ]
-        return communicated(), None, None, *([None] * len(ctx.weights)), *db
+        return communicated(), None, None, *([None] * len(weights)), *db
 
 
 class _RowLinear(torch.autograd.Function):
@@ -132,7 +132,7 @@ class _RowLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0].detach()
         parallel: TensorParallel = ctx.parallel
         weight: Param = ctx.weight
         full = all_gather(dy, parallel.group) if parallel.sequence_parallel else dy

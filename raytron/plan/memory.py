@@ -1,43 +1,52 @@
 """Bytes on each rank, before a device is touched.
 
-Exact, for N parameters on a rank (its share over tp and its stages; vocab rows padded to a multiple of tp, KV heads
-repeated where tp is larger, a tied table held by the first and the last stage) and D data-parallel ranks:
+Weights, gradients and optimizer state are counted parameter by parameter (`raytron.plan.parameters`), as the run rounds
+them, for n elements of a parameter on a rank (its slice over tp or ep · etp, padding included) and D ranks that share it
+out (ZeRO 1 and up: shard · cp, for experts eshard), where a share is the widest dimension cut in D and rounded up:
 
-    weights      N · (2 bf16, fp16 | 4 fp32)
-    gradients    fp32 sums: ZeRO 0: 4N     1: 4N + 4N/D where D > 1     2: 4N/D + one bucket where D > 1
-    optimizer    two fp32 moments, 8N/D (ZeRO 0: 8N), and an fp32 master, 4N/D, unless the weights are fp32 and whole;
-                 moments in bf16 take half; Lion and SGD keep one moment, and Muon one of each hidden matrix
+    weights      n · (2 bf16, fp16 | 4 fp32); ZeRO 3 keeps the share of that
+    gradients    4n, fp32 sums (ZeRO 2 and 3: only while a micro-batch goes back), and 4 · share where D > 1
+    optimizer    an fp32 master of the owned share, unless that stands alone in fp32 already, and its moments: two with
+                 AdamW, one with Lion, SGD and Muon (whose other parameters are AdamW's), in fp32 or bf16; AdamW in fp32
+                 also counts its steps, 4 bytes for each parameter; none for what is frozen
 
-Shares over D are rounded up for each parameter in the run; here they are not. Estimated, for the activations that the
-backward of one layer needs, in elements, with T tokens in a micro-batch, s = T/tp under sequence parallelism (else T), and
-local heads H, KV heads K of width d and feed-forward width f:
+Offload keeps gradient shares and optimizer state in host memory. `determinism: canonical` keeps partial sums of
+micro-batches: log₂ of their number and one.
 
-    4·s·hidden (both norms: in, out) + T·(2H + 2K)·d (q, k, v, mixed) + T·f·(4 gated | 2 plain) + T·H fp32 (log-sum-exp)
-    + T·(H + K)·d with QK norm + 2·s·hidden with dropout + T·S·H·(2 fp32 + 1) with attention dropout
-
-times the micro-batches in flight, from F to W in the rank's own row. The last stage adds 2·s·hidden for its norm, and
-under `loss` the fp32 softmax T·vocab/tp of each micro-batch in flight, and once the logits. Not counted: the allocator's
-fragmentation, communication buffers, kernel workspaces, and what the framework itself takes.
+Activations are what micro-batches keep between actions (`raytron.plan.activations`), followed through the rank's own row
+(`raytron.plan.live`). `working` is what an action needs beside, at most, and comes on top: an estimate. Not counted: the
+allocator's fragmentation, kernels' workspaces, and what the framework itself takes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
-from raytron.config import ModelConfig, RunConfig
-from raytron.plan.flops import norm_parameters, position_parameters
-from raytron.plan.schedule import Op, Schedule
-from raytron.plan.simulate import peak
+from raytron.config import RunConfig
+from raytron.plan import activations
+from raytron.plan.activations import FP32, ITEM_BYTES, Device, Sizes
+from raytron.plan.live import Held, incoming, kept_after_each
+from raytron.plan.mesh import MeshShape
+from raytron.plan.parameters import Parameter, elements, rank_parameters
+from raytron.plan.recompute import WHOLE, Treatment, treatments
+from raytron.plan.schedule import Schedule
 from raytron.plan.split import Range
 
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-MOMENTS = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1}  # of each element; muon: one of a hidden matrix's
+MEBIBYTE = 1 << 20
+BUCKETS_UNDER_WAY = 3  # of gradients: two that are reduced, and the next
+MOMENTS = {"adamw": 2, "muon": 1, "lion": 1, "sgd": 1}
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on every rank of one pipeline coordinate; `parameters` is a number of elements."""
+    """Bytes on every rank of one pipeline coordinate; `parameters` is a number of elements.
+
+    activations and loss: at most between two actions. host: what is offloaded, all together.
+    """
 
     parameters: int
     weights: int
@@ -45,149 +54,163 @@ class RankMemory:
     optimizer: int
     activations: int
     loss: int
+    working: int
+    host: int
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, item.name) for item in fields(self)[1:])
+        """On the device."""
+        return sum(getattr(self, item.name) for item in fields(self)[1:-1])
 
 
 @dataclass(frozen=True)
 class Memory:
-    """By pipeline rank; the data and tensor parallel ranks of one pipeline rank are alike."""
+    """By pipeline rank; of the ranks of one pipeline coordinate the one that owns most."""
 
     ranks: tuple[RankMemory, ...]
 
     @property
     def largest(self) -> int:
-        """Bytes on the fullest rank."""
+        """Bytes on the fullest rank's device."""
         return max(rank.total for rank in self.ranks)
 
 
-def estimate(config: RunConfig, stages: Sequence[Range], schedule: Schedule) -> Memory:
-    """Bytes on each pipeline rank when `schedule` runs over `stages`."""
-    return Memory(tuple(_rank(config, stages, schedule, rank) for rank in range(schedule.num_ranks)))
+class State(NamedTuple):
+    """Bytes that stay from step to step, or as the sums of gradients through each; host: what of them is offloaded."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    host: int = 0
 
 
-def _rank(config: RunConfig, stages: Sequence[Range], schedule: Schedule, rank: int) -> RankMemory:
-    own = schedule.stages_of(rank)
-    last = len(stages) - 1
-    elements = sum(stage_parameters(config, stages, stage) for stage in own)
-    item = ITEM_BYTES[config.precision.dtype]
-    held = [_stage_activations(config, stages, stage) for stage in range(len(stages))]
-    loss = 0.0
-    if last in own:
-        logits = _tokens(config) * padded_vocab_share(config.model.vocab, config.mesh.tp)
-        row = tuple(action for action in schedule.rows[rank] if action.stage == last)
-        loss = logits * (4 * peak(row) + item)
-    layers = sum(end - begin for begin, end in (stages[stage] for stage in own))
-    gradients, optimizer = _state(config, elements, layers * local_layer_matrices(config.model, config.mesh.tp))
-    activations = peak(schedule.rows[rank], Op.W, held)
-    return RankMemory(elements, elements * item, gradients, optimizer, round(activations), round(loss))
+def estimate(config: RunConfig, stages: Sequence[Range], schedule: Schedule, device: Device | None = None) -> Memory:
+    """Bytes on each pipeline rank when `schedule` runs over `stages`. device: None: as configured, `auto` being a CPU."""
+    device = device or ("cuda" if config.cluster.device == "cuda" else "cpu")
+    held = [stage_held(config, stages, schedule, stage, device) for stage in range(len(stages))]
+    return Memory(tuple(_rank(config, stages, schedule, rank, held, device) for rank in range(schedule.num_ranks)))
 
 
-def _state(config: RunConfig, elements: int, matrices: int) -> tuple[int, int]:
-    """Bytes of gradients and optimizer state for some parameters, of which `matrices` are hidden matrices'."""
-    zero, dp = config.data_parallel.zero, config.mesh.dp
-    sharded = zero > 0 and dp > 1
-    share = -(-elements // dp) if sharded else elements
-    gradients = 4 * elements
-    if sharded and zero == 1:
-        gradients += 4 * share
-    elif sharded:
-        gradients = 4 * share + min(4 * elements, round(config.data_parallel.bucket_mb * 2**20))
-    master = sharded or config.precision.dtype != "fp32"
-    moments = MOMENTS[config.optimizer.name] * share
-    if config.optimizer.name == "muon":
-        moments -= -(-matrices // dp) if sharded else matrices
-    return gradients, share * (4 if master else 0) + moments * ITEM_BYTES[config.precision.moments]
+def _rank(
+    config: RunConfig, stages: Sequence[Range], schedule: Schedule, rank: int, held: Sequence[Held], device: Device
+) -> RankMemory:
+    mesh, message = MeshShape.of(config.mesh), Sizes.of(config).residual
+    parameters = rank_parameters(config, stages, schedule.stages_of(rank))
+    row = kept_after_each(schedule, rank, held, message, sends_stay=device == "cpu")
+    most = max(row, key=lambda kept: kept.device + kept.loss)
+    kept = most.device + incoming(schedule, rank) * message
+    weights, gradients, optimizer, host = state(config, parameters, device)
+    return RankMemory(
+        parameters=elements(parameters, mesh),
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=kept,
+        loss=most.loss,
+        working=activations.working(config, device) + _travelling(config, parameters),
+        host=host + max(kept.host for kept in row),
+    )
 
 
-def padded_vocab_share(vocab: int, tp: int) -> int:
-    """Rows of the vocabulary on each tp rank: the vocabulary is padded to a multiple of tp and no further."""
-    return -(-vocab // tp)
+def state(
+    config: RunConfig, parameters: Sequence[Parameter], device: Device, owner: int = 0, expert_owner: int = 0
+) -> State:
+    """Of a rank that holds these parameters. owner, expert_owner: its index among those that share them out."""
+    how, item = config.data_parallel, ITEM_BYTES[config.precision.dtype]
+    canonical = config.determinism == "canonical"
+    weights = sums = shares = optimizer = 0
+    for parameter in parameters:
+        cut = _Cut.of(config, parameter, expert_owner if parameter.expert else owner)
+        weights += item * (cut.share if how.zero == 3 and cut.owners > 1 else cut.elements)
+        sums += FP32 * cut.elements * (config.microbatches.bit_length() if canonical else 1)
+        shares += FP32 * cut.share if cut.owners > 1 or how.offload or canonical else 0
+        if how.zero >= 2 and cut.owners > 1 and not canonical:
+            sums -= FP32 * cut.elements
+        alone = cut.owned == cut.elements or (how.zero == 3 and cut.owners > 1)
+        if config.precision.dtype != "fp32" or not alone or (how.offload and device == "cuda"):
+            optimizer += FP32 * cut.owned
+        optimizer += _moments(config, parameter, cut.owned)
+    if how.offload:
+        return State(weights, sums, 0, shares + optimizer)
+    return State(weights, sums + shares, optimizer)
 
 
-def local_kv_heads(model: ModelConfig, tp: int) -> int:
-    """KV heads on each tp rank: at least one, repeated over ranks where tp is larger than their number."""
-    return max(1, model.num_kv_heads // tp)
+class _Cut(NamedTuple):
+    """How one parameter is shared out; all but the number of owners in elements."""
+
+    owners: int
+    elements: int  # on a rank
+    share: int  # rounded up
+    owned: int  # by the rank in question
+
+    @classmethod
+    def of(cls, config: RunConfig, parameter: Parameter, owner: int) -> _Cut:
+        mesh = MeshShape.of(config.mesh)
+        shape = parameter.local_shape(mesh)
+        widest, count = max(shape), math.prod(shape)
+        owners = (mesh.size("eshard") if parameter.expert else mesh.size("shard", "cp")) if _shares_out(config) else 1
+        width = -(-widest // owners)
+        length = max(0, min(width, widest - width * (owner if owners > 1 else 0)))
+        return cls(owners, count, count // widest * width, count // widest * length)
 
 
-def local_layer_parameters(model: ModelConfig, tp: int) -> int:
-    """Parameters of one layer on one tp rank."""
-    width = model.dim_per_head
-    rows, wide = _projected_rows(model, tp), _wide(model, tp)
-    count = local_layer_matrices(model, tp) + 2 * norm_parameters(model)
-    if model.qkv_bias:
-        count += rows
-    if model.bias:
-        count += wide + 2 * model.hidden
-    if model.qk_norm:
-        count += 2 * width
-    return count
+def _shares_out(config: RunConfig) -> bool:
+    return config.data_parallel.zero > 0
 
 
-def local_layer_matrices(model: ModelConfig, tp: int) -> int:
-    """Parameters of the matrices of one layer on one tp rank."""
-    mixed, ffn = model.heads // tp * model.dim_per_head, model.ffn // tp
-    return model.hidden * (_projected_rows(model, tp) + mixed + _wide(model, tp) + ffn)
+def _moments(config: RunConfig, parameter: Parameter, count: int) -> int:
+    """Bytes of the optimizer's running averages over `count` elements of a parameter."""
+    name, bits = config.optimizer.name, config.precision.moments
+    group = next((group for group in config.optimizer.groups if fnmatchcase(parameter.name, group.match)), None)
+    if group is not None and group.freeze:
+        return 0
+    if name == "muon" and not parameter.is_hidden_matrix:
+        name = "adamw"
+    steps = FP32 if name == "adamw" and bits == "fp32" and config.determinism == "mesh" else 0
+    return count * MOMENTS[name] * ITEM_BYTES[bits] + steps
 
 
-def _projected_rows(model: ModelConfig, tp: int) -> int:
-    """Of q, k and v."""
-    return (model.heads // tp + 2 * local_kv_heads(model, tp)) * model.dim_per_head
+def _travelling(config: RunConfig, parameters: Sequence[Parameter]) -> int:
+    """An estimate of the bytes of gradients and weights on their way: of gradients the buckets whose sums wait to be
+    reduced or travel, laid out by owners; with ZeRO 3 of weights the blocks that are gathered."""
+    cuts = [_Cut.of(config, parameter, 0) for parameter in parameters]
+    blocks: dict[str, int] = {}
+    for parameter, cut in zip(parameters, cuts, strict=True):
+        name = ".".join(parameter.name.split(".")[:2]) if parameter.name.startswith("layers.") else parameter.name
+        blocks[name] = blocks.get(name, 0) + (cut.elements if cut.owners > 1 else 0)
+    how, largest = config.data_parallel, max(blocks.values(), default=0)
+    bucket = largest if how.zero == 3 else max(how.bucket_mb * MEBIBYTE / FP32, *(cut.elements for cut in cuts))
+    under_way = (BUCKETS_UNDER_WAY + (1 if how.zero >= 2 else 0)) * bucket
+    gradients = FP32 * min(under_way, sum(blocks.values()))
+    weights = (2 + how.prefetch) * largest * ITEM_BYTES[config.precision.dtype] if how.zero == 3 else 0
+    return round(gradients + weights)
 
 
-def _wide(model: ModelConfig, tp: int) -> int:
-    """Of the feed-forward layer's first half."""
-    return model.ffn // tp * (2 if model.gated else 1)
-
-
-def stage_parameters(config: RunConfig, stages: Sequence[Range], stage: int) -> int:
-    """Parameters of one stage on one tp rank. A tied table on a single stage counts once."""
-    model, tp = config.model, config.mesh.tp
-    first, last = stage == 0, stage == len(stages) - 1
+def stage_held(config: RunConfig, stages: Sequence[Range], schedule: Schedule, stage: int, device: Device) -> Held:
+    """What one micro-batch keeps in one stage."""
     begin, end = stages[stage]
-    table = padded_vocab_share(model.vocab, tp) * model.hidden
-    count = (end - begin) * local_layer_parameters(model, tp)
+    first, last, residual = stage == 0, stage == len(stages) - 1, Sizes.of(config).residual
+    here = host = 0
+    for treatment in treatments(config.memory, stage, last, end - begin):
+        smallest = config.memory.offload_min_mb * MEBIBYTE if treatment.offload else math.inf
+        storages = activations.block(config, treatment.parts, device)
+        here += sum(size for size in storages if size < smallest)
+        host += sum(size for size in storages if size >= smallest)
+    deferred = (end - begin) * sum(activations.block_deferred(config))
     if first:
-        count += table + position_parameters(model)
-    if last:
-        count += norm_parameters(model)
-        count += 0 if first and model.tied_embeddings else table
-    return count
+        here += sum(activations.first(config))
+    else:
+        shared = schedule.rank_of[stage - 1] == schedule.rank_of[stage]
+        here += _input(config, stage, last, end - begin, device) - (residual if shared else 0)
+    here += sum(activations.last(config, device)) if last else residual  # or the output, which waits for its gradient
+    loss = (activations.loss(config), activations.loss_deferred(config)) if last else (0, 0)
+    return Held(here, host, deferred, *loss)
 
 
-def _tokens(config: RunConfig) -> int:
-    return config.micro_batch_size * config.sequence_length
-
-
-def _kept_tokens(config: RunConfig) -> int:
-    """Tokens of the residual stream on a tp rank."""
-    return _tokens(config) // (config.mesh.tp if config.mesh.sequence_parallel else 1)
-
-
-def layer_activations(config: RunConfig) -> int:
-    """Bytes that one layer keeps for its backward, for one micro-batch on one rank."""
-    model, tp, tokens, kept = config.model, config.mesh.tp, _tokens(config), _kept_tokens(config)
-    width, heads, kv_heads = model.dim_per_head, model.heads // tp, local_kv_heads(model, tp)
-    elements = 4 * kept * model.hidden
-    elements += tokens * (2 * heads + 2 * kv_heads) * width
-    elements += tokens * (model.ffn // tp) * (4 if model.gated else 2)
-    in_fp32 = tokens * heads
-    if model.qk_norm:
-        elements += tokens * (heads + kv_heads) * width
-    if model.dropout > 0:
-        elements += 2 * kept * model.hidden
-    if model.attention_dropout > 0:
-        scores = tokens * config.sequence_length * heads
-        elements, in_fp32 = elements + scores, in_fp32 + 2 * scores
-    return elements * ITEM_BYTES[config.precision.dtype] + 4 * in_fp32
-
-
-def _stage_activations(config: RunConfig, stages: Sequence[Range], stage: int) -> float:
-    """Bytes that one stage keeps for one micro-batch, without the loss."""
-    begin, end = stages[stage]
-    held = (end - begin) * layer_activations(config)
-    if stage == len(stages) - 1:
-        held += 2 * _kept_tokens(config) * config.model.hidden * ITEM_BYTES[config.precision.dtype]
-    return held
+def _input(config: RunConfig, stage: int, last: bool, layers: int, device: Device) -> int:
+    """Bytes of a stage's input that its first block does not count; it waits on the device, whatever the block keeps."""
+    treatment = next(iter(treatments(config.memory, stage, last, layers)), Treatment())
+    residual = Sizes.of(config).residual
+    offloaded = treatment.offload and residual >= config.memory.offload_min_mb * MEBIBYTE
+    in_fp32 = config.model.norm == "rmsnorm" and device == "cpu" and config.precision.dtype != "fp32"
+    return residual if offloaded or (in_fp32 and not {"norm", WHOLE} & treatment.parts) else 0

@@ -14,7 +14,8 @@ from itertools import groupby
 
 from raytron.config import RunConfig
 from raytron.errors import ConfigError, Problem, ScheduleError
-from raytron.plan import draw, flops
+from raytron.plan import draw, fit, flops
+from raytron.plan.activations import Device
 from raytron.plan.auto import Choice, choose, resolved
 from raytron.plan.cluster import ClusterShape, NodeShape, too_small
 from raytron.plan.memory import Memory, estimate
@@ -76,6 +77,16 @@ class Plan:
         return flops.flops_per_token(self.config.model, self.config.sequence_length)
 
     @property
+    def device(self) -> Device:
+        """What the ranks run on: as the cluster decides, without one as configured, and then `auto` is a CPU."""
+        return _device(self.config, self.cluster)
+
+    @property
+    def alternatives(self) -> dict[str, Memory]:
+        """The memory of this plan with other treatments of activations."""
+        return fit.compared(self.config, self.stages, self.schedule, self.device)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What is allowed but will hardly do well on the plan's cluster."""
         return () if self.cluster is None else tuple(_warnings(self, self.cluster))
@@ -104,9 +115,9 @@ def make_plan(
         found += too_small(cluster, config.cluster, mesh.world, str(mesh))
     if found:
         raise ConfigError(found)
-    choice, chosen = None, config
+    choice, chosen, device = None, config, _device(config, cluster)
     if config.pipeline.schedule == "auto":
-        choice = choose(config, _memory_limit(config, cluster), times, report)
+        choice = choose(config.replace(**{"cluster.device": device}), _memory_limit(config, cluster), times, report)
         chosen = resolved(config, choice.best.name, choice.best.chunks)
     pp, chunks = config.mesh.pp, chosen.pipeline.chunks
     stages = stages_of(chosen, pp * chunks)
@@ -120,7 +131,7 @@ def make_plan(
         stages=stages,
         schedule=schedule,
         evaluation=evaluation,
-        memory=estimate(chosen, stages, schedule),
+        memory=estimate(chosen, stages, schedule, device),
         timeline=simulate(schedule, cost),
         cluster=cluster,
         choice=choice,
@@ -150,6 +161,11 @@ def _memory_limit(config: RunConfig, cluster: ClusterShape | None) -> int | None
     return None if known is None else round(USABLE * known)
 
 
+def _device(config: RunConfig, cluster: ClusterShape | None) -> Device:
+    wanted = config.cluster.device if cluster is None else cluster.device(config.cluster)
+    return "cuda" if wanted == "cuda" else "cpu"
+
+
 @functools.lru_cache(maxsize=64)
 def _generated(name: str, pp: int, chunks: int, microbatches: int, cost: Cost) -> Schedule:
     schedule = generate(name, pp, chunks, microbatches, cost)
@@ -159,15 +175,12 @@ def _generated(name: str, pp: int, chunks: int, microbatches: int, cost: Cost) -
 
 def _warnings(plan: Plan, cluster: ClusterShape) -> Iterator[str]:
     config = plan.config
-    if cluster.device(config.cluster) == "cuda":
+    if plan.device == "cuda":
         gpus = max(int(node.gpus) for node in cluster.nodes)
         if plan.mesh.tp > gpus:
             yield f"tensor parallel over {plan.mesh.tp} ranks crosses nodes, the largest of which has {gpus} GPUs"
-        return
-    needed = sum(rank.total for rank in plan.memory.ranks) * plan.mesh.dp * plan.mesh.tp
-    known = [node.memory_bytes for node in cluster.nodes]
-    if all(known) and needed > 0.8 * sum(known):
-        yield f"the workers need about {draw.size(needed)} together, and the nodes have {draw.size(sum(known))}"
+    limit = _memory_limit(config, cluster)
+    yield from fit.warnings(config, limit, plan.device, plan.memory, lambda: plan.alternatives)
 
 
 def _head(plan: Plan) -> str:
@@ -219,17 +232,21 @@ def _pipeline(plan: Plan) -> str:
 
 
 def _bytes(plan: Plan) -> str:
-    columns = ("weights", "gradients", "optimizer", "activations", "loss", "total")
+    columns = ["weights", "gradients", "optimizer", "activations", "loss", "working", "total"]
     ranks = plan.memory.ranks
+    if any(rank.host for rank in ranks):
+        columns.append("host")
     rows = []
     for index in range(len(ranks)) if len(ranks) <= 8 else (*range(7), len(ranks) - 1):
         name = f"pipeline rank {index}" if plan.mesh.pp > 1 else "each rank"
         peak = f"{plan.timeline.peak_at_weight_grad[index]}"
         rows.append([name, peak, *(draw.size(getattr(ranks[index], column)) for column in columns)])
     if len(ranks) > 8:
-        rows.insert(7, ["…", *[""] * 7])
-    note = "expected bytes on a device: an estimate for activations and loss; live: micro-batches in flight at most"
-    return "\n".join([draw.table(["memory", "live", *columns], rows), note])
+        rows.insert(7, ["…", *[""] * (1 + len(columns))])
+    note = "bytes on a device; live: micro-batches in flight at most; working: beside it within an action, an estimate"
+    return "\n".join(
+        [draw.table(["memory", "live", *columns], rows), note, "", fit.table(plan.memory, plan.alternatives)]
+    )
 
 
 def _work(plan: Plan) -> str:

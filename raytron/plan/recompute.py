@@ -31,7 +31,7 @@ class Treatment(NamedTuple):
 def treatments(memory: MemoryConfig, stage: int, last: bool, layers: int) -> tuple[Treatment, ...]:
     """For each of the `layers` blocks of a stage, `last` being whether it is the model's last."""
     chosen = memory.recompute_stages is None or stage in memory.recompute_stages
-    parts = _parts(memory) if chosen else frozenset()
+    parts = parts_of(memory) if chosen else frozenset()
     return tuple(
         Treatment(
             parts if layer % memory.recompute_every == 0 else frozenset(),
@@ -41,7 +41,8 @@ def treatments(memory: MemoryConfig, stage: int, last: bool, layers: int) -> tup
     )
 
 
-def _parts(memory: MemoryConfig) -> frozenset[str]:
+def parts_of(memory: MemoryConfig) -> frozenset[str]:
+    """What is recomputed of a block, where anything is."""
     if memory.recompute == "full":
         return frozenset({WHOLE})
     return frozenset(memory.recompute_parts if memory.recompute == "selective" else ())

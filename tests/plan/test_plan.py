@@ -93,7 +93,7 @@ def test_all_problems_come_at_once():
 
 def test_warnings_name_what_will_hardly_do():
     small = ClusterShape((NodeShape("a", cpus=4, memory_bytes=10**6),))
-    assert "need about" in str(make_plan(CONFIG, small))
+    assert "needs about" in str(make_plan(CONFIG, small))
     nodes = ClusterShape(tuple(NodeShape(name, cpus=4, gpus=1) for name in "abcd"))
     (warning,) = make_plan(CONFIG, nodes).warnings
     assert "crosses nodes" in warning
