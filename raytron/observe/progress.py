@@ -108,6 +108,8 @@ class Screen:
             f"{seconds * 1e3:.0f} ms/step",
             f"{clock(seconds * max(0, self.steps - record['step']))} left",
         ]
+        if record.get("skipped_steps"):
+            parts.append(f"{record['skipped_steps']} skipped")
         return "  ".join(parts)
 
 

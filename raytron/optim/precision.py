@@ -25,6 +25,7 @@ from raytron.optim.share import Share
 from raytron.parallel.random import element_numbers, key_of, random_bits
 
 LOW_BITS = 0xFFFF  # of fp32, that bf16 does not have
+BLOCK = 1 << 22  # elements rounded at a time: their numbers take 8 bytes each
 
 
 def round_stochastically(x: Tensor, index: Tensor, key: int) -> Tensor:
@@ -45,8 +46,14 @@ class Rounding:
         if dtype != torch.bfloat16 or not self.stochastic:
             return x.to(dtype)
         key = key_of(self.seed, "round", what, share.name, update)
-        index = element_numbers(share.owned.param.cut.shape, share.offsets, x.shape, x.device)
-        return round_stochastically(x.contiguous(), index, key)
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        rows = max(1, BLOCK // max(1, x[:1].numel()))
+        for first in range(0, x.shape[0], rows):
+            part = x[first : first + rows]
+            offsets = (share.offsets[0] + first, *share.offsets[1:])
+            index = element_numbers(share.owned.param.cut.shape, offsets, part.shape, x.device)
+            out[first : first + rows] = round_stochastically(part.contiguous(), index, key)
+        return out
 
 
 class Moments:

@@ -15,6 +15,7 @@ from raytron.checkpoint.checkpointer import load as load_slices
 from raytron.checkpoint.checkpointer import save as save_slices
 from raytron.config import to_mapping
 from raytron.data.batch import TokenStream
+from raytron.errors import CheckpointError
 from raytron.observe.records import Record
 from raytron.observe.trace import Tracer
 from raytron.optim.lr import learning_rate
@@ -126,6 +127,9 @@ class Trainer:
     def load(self, generation: Generation | Path | str) -> None:
         """Goes on from a generation that any mesh saved. Raises CheckpointError, and then nothing was changed."""
         facts = read_facts(generation)
+        saved, mine = str(facts["config"]["optimizer"]["name"]), self.plan.config.optimizer.name
+        if saved != mine:
+            raise CheckpointError(f"the checkpoint holds the state of {saved}, and the run is to go on with {mine}")
         load_slices(generation, self.state(), self.mesh.control)
         self.engine.optimizer.loaded(int(facts["updates"]))
         self.engine.loss_scale.restore(facts.get("loss_scale", {}))

@@ -33,14 +33,15 @@ def batch(seed: int = 0) -> Batch:
     return Batch(np.arange(4), rows[:, :-1].copy(), rows[:, 1:].copy(), np.ones((4, 64), dtype=np.float32))
 
 
-def losses(dtype: str) -> list[float]:
-    config = CONFIG.replace(**{"precision.dtype": dtype})
+def losses(dtype: str, **changes: str | float | bool) -> list[float]:
+    config = CONFIG.replace(**{"precision.dtype": dtype}, **changes)
     engine = Engine(make_plan(config, None), Mesh(MeshShape(), 0, torch.device("cuda")))
     return [engine.step(batch(step), 1e-3).loss for step in range(5)]
 
 
-def truth() -> list[float]:
-    return Twin(CONFIG.replace(**{"lr.decay": "constant", "lr.peak": 1e-3})).train(batch(step) for step in range(5))
+def truth(**changes: str | float | bool) -> list[float]:
+    config = CONFIG.replace(**{"lr.decay": "constant", "lr.peak": 1e-3}, **changes)
+    return Twin(config).train(batch(step) for step in range(5))
 
 
 def test_fp32_steps_equal_the_twin() -> None:
@@ -50,6 +51,24 @@ def test_fp32_steps_equal_the_twin() -> None:
 
 def test_bf16_steps_stay_near() -> None:
     assert losses("bf16") == pytest.approx(truth(), rel=1e-2)
+
+
+def test_fp16_steps_stay_near() -> None:
+    assert losses("fp16") == pytest.approx(truth(), rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["muon", "lion", "sgd"])
+def test_every_optimizer_equals_the_twin(name: str) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    optimizer = {"optimizer.name": name}
+    assert losses("fp32", **optimizer) == pytest.approx(truth(**optimizer), rel=1e-4)
+
+
+def test_rounded_by_chance_they_stay_near() -> None:
+    few = {"precision.moments": "bf16", "precision.stochastic_rounding": True, "optimizer.newton_schulz": "bf16"}
+    assert losses("bf16", **few, **{"optimizer.name": "muon"}) == pytest.approx(
+        truth(**{"optimizer.name": "muon"}), rel=2e-2
+    )
 
 
 def heads(dtype: torch.dtype) -> list[torch.Tensor]:

@@ -37,6 +37,10 @@ def test_plain_lines_say_step_loss_speed_and_what_is_left():
     assert text == "step     1/100  loss 4.250  2,000 tokens/s  500 ms/step  0:00:50 left\n"
 
 
+def test_skipped_steps_are_counted():
+    assert "left  2 skipped\n" in shown(100, News([], [{**metric(3), "skipped_steps": 2}]))
+
+
 def test_plain_lines_come_now_and_then_and_at_the_end():
     text = shown(50, News([], [metric(step) for step in range(1, 51)]))
     assert [line.split()[1] for line in text.splitlines()] == ["1/50", "50/50"]

@@ -165,7 +165,13 @@ def refuse(rank: int, config: RunConfig, path: str) -> str:
     return str(caught.value)
 
 
-def test_another_optimizer_misses_its_state(world, tmp_path):
-    (_, path, _, _), *_ = world.run(1, save, tiny("llama", **{"optimizer.name": "sgd"}), tmp_path)
+def test_state_of_another_kind_is_refused(world, tmp_path):
+    """Another optimizer is told by its name; a parameter that was frozen, by what there is not of it."""
+    frozen = tiny("llama", **{"optimizer.groups": [{"match": "norm.*", "freeze": True}]})
+    (_, path, _, _), *_ = world.run(1, save, frozen, tmp_path)
     (message,) = world.run(1, refuse, tiny("llama", **{"optimizer.name": "lion"}), path)
-    assert "lion.m." in message
+    assert "the state of adamw" in message
+    assert "go on with lion" in message
+    (message,) = world.run(1, refuse, tiny("llama"), path)
+    assert "adam.m.norm.weight" in message
+    assert "adam.m.head.weight" not in message
