@@ -1,0 +1,26 @@
+"""The bytes of state that a plan tells are those that an optimizer holds."""
+
+import pytest
+
+from raytron.config import from_mapping
+from raytron.optim.sharded import WEIGHTS
+from raytron.parallel.mesh import Mesh
+from raytron.plan.mesh import MeshShape
+from raytron.plan.plan import make_plan
+from raytron.training.engine import Engine
+
+BASE = {"model": {"layers": 2, "hidden": 16, "heads": 2, "kv_heads": 1, "ffn": 24, "vocab": 31, "qk_norm": True},
+        "sequence_length": 6, "global_batch_size": 4, "data": {"dataset": "random"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd"])
+def test_a_plan_counts_what_is_held(name, moments, dtype):
+    changes = {"optimizer.name": name, "precision.moments": moments, "precision.dtype": dtype}
+    plan = make_plan(from_mapping(BASE).replace(**changes), None)
+    engine = Engine(plan, Mesh(MeshShape(), 0))
+    held = [part.tensor for key, part in engine.optimizer.state().items() if not key.startswith(WEIGHTS)]
+    if dtype != "fp32":
+        held += [share.master for share in engine.optimizer.shares]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == plan.memory.ranks[0].optimizer
