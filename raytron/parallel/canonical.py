@@ -6,7 +6,7 @@ here it is bracketed by one binary tree over the numbers of the micro-batches (`
 
     backward     each contribution becomes a leaf, the tree merges what it can
     reduce       an owner gets from every rank its share of that rank's nodes: one all-to-all for each bucket
-    settle       the owner merges them to the root: first over cp, in rank order, then by the tree
+    settle       the owner merges them to the root by the tree, for each cp rank alone, then adds those in rank order
 
 A rank holds up to log₂ m + 1 partial sums of its parameters where they otherwise have one, up to 2 · log₂ M where m is no
 power of two, and while a bucket travels as much again. There is no early reduction: ZeRO 2 and 3 keep sums to the end of
@@ -101,17 +101,15 @@ class CanonicalBucket(Bucket):
     def _keep(self, summed: Tensor) -> None:
         """summed: the nodes of all ranks, one rank after another."""
         assert self.share is not None
-        root = TreeSum(self.microbatches * self.dp)
+        roots = [TreeSum(self.microbatches * self.dp) for _ in range(self.cp)]
         parts = iter(summed.view(-1, self.shares.size))
         for group in range(self.dp):
-            nodes = self._nodes(group * self.cp)
-            sums = [next(parts) for _ in nodes]
-            for _ in range(1, self.cp):  # ranks that hold other parts of the same sequences
-                for total in sums:
-                    total.add_(next(parts))
-            for node, total in zip(nodes, sums, strict=True):
-                root.add(node, total)
-        self.share.copy_(root.total, non_blocking=True)
+            for root in roots:  # of ranks that hold other parts of the same sequences
+                for node in self._nodes(group * self.cp):
+                    root.add(node, next(parts))
+        for root in roots[1:]:
+            roots[0].total.add_(root.total)
+        self.share.copy_(roots[0].total, non_blocking=True)
 
     def start_among_replicas(self) -> None:
         """Replicas took part in the exchange already."""

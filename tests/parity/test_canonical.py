@@ -32,6 +32,7 @@ OTHERS = {
     "gpt2, tied": tiny("gpt2", **CANONICAL),
     "dropped in bf16": tiny("dropped", **CANONICAL, **{"precision.dtype": "bf16"}),
     "qwen3, tp": tiny("qwen3", **CANONICAL, **{"mesh.tp": 2}),
+    "qwen3, ring, documents": tiny("qwen3", **CANONICAL, **{"mesh.cp": 2, "data.document_mask": True}),
     "gpt2, zb-h1, tied over stages": tiny("gpt2", **CANONICAL, **{"mesh.pp": 2, "pipeline.schedule": "zb-h1"}),
     "gpt2, interleaved": tiny(
         "gpt2", **CANONICAL, **{"mesh.pp": 2, "pipeline.schedule": "interleaved", "pipeline.virtual_stages": 2}
