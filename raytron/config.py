@@ -194,6 +194,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     decay_all: bool = False  # True: also decay norms, biases and embeddings
     clip_norm: float | None = 1.0  # global gradient norm limit; None: no clipping
+    at_once: bool = False  # no rank waits for all others before it updates; takes a copy of masters and moments
     groups: tuple[ParameterGroup, ...] = ()
 
 

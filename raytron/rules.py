@@ -351,6 +351,20 @@ def _replicas(config: RunConfig) -> Iterator[Problem]:
         yield Problem("mesh.replicate", what, "use 1, or set data_parallel.zero to 1, 2 or 3")
 
 
+def _at_once(config: RunConfig) -> Iterator[Problem]:
+    if not config.optimizer.at_once:
+        return
+    if config.optimizer.clip_norm is not None:
+        what = "an update at once does not wait for the gradient norm that optimizer.clip_norm limits"
+        yield Problem("optimizer.clip_norm", what, "use null, or set optimizer.at_once to false")
+    if config.precision.dtype == "fp16":
+        what = "fp16 gradients overflow now and then, and each time an update at once would be made in vain"
+        yield Problem("optimizer.at_once", what, "use false, or precision.dtype bf16")
+    if config.determinism == "canonical":
+        what = "determinism: canonical waits for the largest gradient of all ranks at every step"
+        yield Problem("optimizer.at_once", what, "use false, or set determinism to mesh")
+
+
 def _canonical(config: RunConfig) -> Iterator[Problem]:
     if config.determinism != "canonical":
         return
@@ -555,6 +569,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("observe.trace_steps", _trace),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.dp mesh.replicate data_parallel.zero", _replicas),
+    ("optimizer.at_once optimizer.clip_norm precision.dtype determinism", _at_once),
     ("", _canonical),
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
     ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _schedule_batch),

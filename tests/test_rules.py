@@ -18,6 +18,7 @@ from raytron.errors import ConfigError
 from raytron.plan.plan import make_plan
 from raytron.rules import RANGES, RULES, problems
 
+AT_ONCE = {"optimizer.at_once": True, "optimizer.clip_norm": None}
 CANONICAL = {"determinism": "canonical", "cluster.threads_per_worker": 1}
 CASES = [
     (
@@ -96,6 +97,9 @@ CASES = [
     ({"data_parallel.prefetch": -1}, "data_parallel.prefetch", "too small", "0 or more"),
     ({"determinism": "canonical"}, "cluster.threads_per_worker", "one number of threads", "use 1"),
     ({**CANONICAL, "data_parallel.reduce_dtype": "bf16"}, "data_parallel.reduce_dtype", "rounded", "use fp32"),
+    ({"optimizer.at_once": True}, "optimizer.clip_norm", "does not wait for the gradient norm", "use null"),
+    ({**AT_ONCE, "precision.dtype": "fp16"}, "optimizer.at_once", "overflow", "bf16"),
+    ({**AT_ONCE, **CANONICAL}, "optimizer.at_once", "largest gradient", "use false"),
     ({"pipeline.virtual_stages": 2}, "pipeline.virtual_stages", "1f1b has one model chunk", "to interleaved"),
     (
         {"pipeline.schedule": "interleaved", "pipeline.virtual_stages": 2},

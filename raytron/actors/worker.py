@@ -61,7 +61,8 @@ class TrainerLike(Protocol):
 
     step: int
 
-    def train_step(self, request: int = 0) -> Record: ...
+    def train_step(self, request: int = 0) -> Record | None: ...
+    def settle(self) -> Record | None: ...
     def evaluate(self) -> Record: ...
     def save(self, directory: Path | str) -> Path: ...
     def load(self, generation: Path | str) -> None: ...
@@ -153,15 +154,23 @@ class Worker:
     def run(self, stop: int) -> Reached:
         """Trains until step `stop` is committed, or a request has reached all ranks."""
         trainer = self._built()
-        while trainer.step < stop:
+        request = 0
+        while trainer.step < stop and not request:
             with self._telling(f"step {trainer.step + 1}"):
                 record = trainer.train_step(int(self._request))
-            request = int(record.pop("request", 0))
-            self._request &= ~Request(request)
-            self._records.append(record)
-            if request:
-                return Reached(trainer.step, request)
-        return Reached(trainer.step, 0)
+            request = self._note(record)
+        with self._telling(f"step {trainer.step}"):
+            record = trainer.settle()
+        return Reached(trainer.step, request | self._note(record))
+
+    def _note(self, record: Record | None) -> int:
+        """Keeps a step's record for the controller; what the ranks were asked for at that step."""
+        if record is None:
+            return 0
+        request = int(record.pop("request", 0))
+        self._request &= ~Request(request)
+        self._records.append(record)
+        return request
 
     def evaluate(self) -> Record:
         """Loss on the validation batches; together with all ranks."""

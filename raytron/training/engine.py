@@ -29,7 +29,7 @@ from raytron.optim.precision import LossScale
 from raytron.optim.sharded import ShardedOptimizer, clip_scale
 from raytron.parallel.buckets import Bucket, GradientBuckets
 from raytron.parallel.canonical import CanonicalBucket, exact_squared_norms, in_order
-from raytron.parallel.collectives import all_reduce
+from raytron.parallel.collectives import Wait, all_reduce, start_all_reduce
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.pipeline import Pipeline, Watch
 from raytron.parallel.weights import Gathering
@@ -131,34 +131,54 @@ class Engine:
         """
         sequences = sequences or self.plan.config.global_batch_size
         loss, tokens = self.forward_backward(batch, sequences)
-        sums = self._over_world(
-            {
-                "loss": loss,
-                "tokens": tokens,
-                **{f"request {bit}": float(request >> bit & 1) for bit in range(REQUEST_BITS)},
-                **({} if self.canonical else self._squares(layer_norms)),
-            }
-        )
+        sums = self._over_world(self.values(loss, tokens, request, layer_norms))
         if self.canonical:
             sums |= exact_squared_norms(self._counted(layer_norms), self.mesh)
+        result = self.result(sums, sequences)
+        if not result.skipped:
+            limit = clip_scale(result.grad_norm, self.plan.config.optimizer.clip_norm)
+            self.update(lr, self.mend(sums["tokens"], sequences) * limit)
+        self.loss_scale.update(finite=not result.skipped)
+        return result
+
+    def values(self, loss: float, tokens: float, request: int, layer_norms: bool) -> dict[str, float]:
+        """What this rank has to say of a step, after its backward: values that are to be summed over all ranks."""
+        return {
+            "loss": loss,
+            "tokens": tokens,
+            **{f"request {bit}": float(request >> bit & 1) for bit in range(REQUEST_BITS)},
+            **({} if self.canonical else self._squares(layer_norms)),
+        }
+
+    def result(self, sums: dict[str, float], sequences: int) -> StepResult:
+        """What the sums of all ranks' `values` say."""
         real = max(sums["tokens"], 1.0)
-        mend = self._nominal(sequences) / real / self.loss_scale.value
+        mend = self.mend(real, sequences)
         norms = {key: math.sqrt(sums[key]) * mend for key in sums if key.startswith(NORM)}
         grad_norm = math.hypot(*norms.values())
-        skipped = not math.isfinite(grad_norm)
-        if not skipped:
-            self.optimizer.step(lr, mend * clip_scale(grad_norm, self.plan.config.optimizer.clip_norm))
-            self.gathering.ahead()
-        self.loss_scale.update(finite=not skipped)
         return StepResult(
             loss=sums["loss"] / real,
             grad_norm=grad_norm,
             tokens=int(sums["tokens"]),
-            skipped=skipped,
+            skipped=not math.isfinite(grad_norm),
             request=sum(1 << bit for bit in range(REQUEST_BITS) if sums[f"request {bit}"] > 0),
             layer_norms={key.removeprefix(NORM): norm for key, norm in norms.items() if key != NORM},
             noise=self._noise(sums, mend, sequences),
         )
+
+    def update(self, lr: float, scale: float) -> None:
+        """One update with owned gradients multiplied by `scale`; starts to gather what the next forward needs first."""
+        self.optimizer.step(lr, scale)
+        self.gathering.ahead()
+
+    def mend(self, tokens: float, sequences: int) -> float:
+        """The factor that makes owned gradients those of the mean over `tokens` real tokens."""
+        return self._nominal(sequences) / max(tokens, 1.0) / self.loss_scale.value
+
+    def start_counting(self, batch: Batch) -> Wait:
+        """Starts to count the real tokens of a step over the ranks that hold others: a float64 scalar."""
+        own = torch.tensor(float(self._tokens(batch)), dtype=torch.float64, device=self.mesh.device)
+        return start_all_reduce(own, self.mesh.dense.every)
 
     def _squares(self, by_layer: bool) -> dict[str, float]:
         """This rank's parts of squared gradient norms; the same keys on all ranks. Those that begin with NORM add up to the
@@ -229,10 +249,13 @@ class Engine:
             length //= self.model.parallel.size
         return (length, self.plan.config.micro_batch_size, self.plan.config.model.hidden)
 
+    def _tokens(self, batch: Batch) -> int:
+        return int(batch.weights[:, self._held(batch)].sum())
+
     def _sums(self, losses: dict[int, Tensor], batch: Batch) -> tuple[float, int]:
         """This rank's part of the step's loss and tokens. Collective over the world under `determinism: canonical`."""
         spoken = losses if self._speaks else {}
-        tokens = int(batch.weights[:, self._held(batch)].sum()) if spoken else 0
+        tokens = self._tokens(batch) if spoken else 0
         if self.canonical:
             count = len(batch.weights) // self.plan.config.micro_batch_size
             loss = in_order({number: loss.item() for number, loss in spoken.items()}, count, self.mesh)

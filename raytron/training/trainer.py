@@ -7,7 +7,9 @@ consumed samples. Random numbers need no state, since they are a function of the
 from __future__ import annotations
 
 import time
+from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 from raytron.checkpoint.catalog import Generation
 from raytron.checkpoint.checkpointer import facts as read_facts
@@ -22,7 +24,18 @@ from raytron.optim.lr import learning_rate
 from raytron.parallel.layout import Slice
 from raytron.parallel.mesh import Mesh
 from raytron.plan.plan import Plan
-from raytron.training.engine import Engine
+from raytron.training.at_once import AtOnce
+from raytron.training.engine import Engine, StepResult
+
+
+class Started(NamedTuple):
+    """A step whose result may not be known yet."""
+
+    step: int
+    lr: float
+    sequences: int
+    loss_scale: float
+    seconds: float
 
 
 class Trainer:
@@ -42,12 +55,15 @@ class Trainer:
         self.data_digest = data_digest
         self.tracer = tracer
         self.engine = Engine(plan, mesh, tracer)
+        self.at_once = AtOnce(self.engine) if plan.config.optimizer.at_once else None
+        self._started: deque[Started] = deque()
         self.step = 0  # committed steps
         self.consumed = 0  # samples of committed steps
         self.skipped_steps = 0  # committed steps that changed nothing: their gradient was not finite
 
-    def train_step(self, request: int = 0) -> Record:
-        """One step; the record that goes to metrics.jsonl, equal on all ranks but for times.
+    def train_step(self, request: int = 0) -> Record | None:
+        """One step; the record that goes to metrics.jsonl, equal on all ranks but for times. Under `optimizer.at_once` it is
+        the record of the step before, None at first: `settle` has the last one.
 
         request: bits that this rank was asked for; the record's `request` is the union over all ranks.
         """
@@ -56,32 +72,43 @@ class Trainer:
         sequences = config.batch_size_at(self.consumed)
         batch = self.stream.batch(self.consumed, sequences, self.mesh.coords.dp, self.mesh.shape.dp)
         lr = learning_rate(config.lr, config.lr_horizon, self.step)
-        every, scale = config.observe.layer_norms, self.engine.loss_scale
+        every, used_scale = config.observe.layer_norms, self.engine.loss_scale.value
         wanted = every is not None and (self.step + 1) % every == 0
-        used_scale = scale.value
+        step = self.engine.step if self.at_once is None else self.at_once.step
         if self.tracer is not None:
             self.tracer.begin(self.step + 1)
-        result = self.engine.step(batch, lr, request, sequences=sequences, layer_norms=wanted)
+        result = step(batch, lr, request, sequences=sequences, layer_norms=wanted)
         if self.tracer is not None:
             self.tracer.finish()
         self.consumed += sequences
         self.step += 1
+        self._started.append(Started(self.step, lr, sequences, used_scale, time.perf_counter() - start))
+        return self._record(result)
+
+    def settle(self) -> Record | None:
+        """The record that is not known yet, if there is one. Before anything else than a step is done."""
+        return self._record(None if self.at_once is None else self.at_once.settle())
+
+    def _record(self, result: StepResult | None) -> Record | None:
+        """The record of the first step that has none yet."""
+        if result is None:
+            return None
+        started, config = self._started.popleft(), self.plan.config
         self.skipped_steps += result.skipped
-        seconds = time.perf_counter() - start
         record: Record = {
-            "step": self.step,
+            "step": started.step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "lr": lr,
+            "lr": started.lr,
             "tokens": result.tokens,
-            "step_time_s": seconds,
-            "tokens_per_s": result.tokens / seconds,
+            "step_time_s": started.seconds,
+            "tokens_per_s": result.tokens / started.seconds,
             "request": result.request,
         }
         if config.batch_ramp.start is not None:
-            record["sequences"] = sequences
-        if scale.dynamic:
-            record["loss_scale"] = used_scale
+            record["sequences"] = started.sequences
+        if self.engine.loss_scale.dynamic:
+            record["loss_scale"] = started.loss_scale
         if self.skipped_steps:
             record["skipped_steps"] = self.skipped_steps
         if result.skipped:
@@ -93,6 +120,7 @@ class Trainer:
     def evaluate(self) -> Record:
         """Mean loss in nats over the fixed validation batches; needs a validation stream."""
         assert self.validation is not None
+        assert not self._started, "settle first"
         config, loss, tokens = self.plan.config, 0.0, 0
         for index in range(config.evaluate.batches):
             size = config.global_batch_size
@@ -122,6 +150,7 @@ class Trainer:
 
     def save(self, directory: Path | str) -> Path:
         """Writes a committed generation together with all other ranks; returns its path."""
+        assert not self._started, "settle first"
         return save_slices(directory, self.step, self.state(), self.facts(), self.mesh.control)
 
     def load(self, generation: Generation | Path | str) -> None:
