@@ -37,8 +37,10 @@ from raytron.errors import CheckpointError, ClusterError, ConfigError, Problem, 
 from raytron.observe.board import TensorBoard
 from raytron.observe.records import JsonLines, Metrics, Record, event
 from raytron.observe.result import Result, read_result
+from raytron.observe.trace import MEASURED
 from raytron.plan.flops import mfu, peak_flops
-from raytron.plan.plan import Plan, make_plan
+from raytron.plan.plan import Plan, make_plan, replan
+from raytron.plan.times import FOLDER, read_times
 from raytron.training.generate import generate
 from raytron.training.open import evaluates, open_trainer
 from raytron.training.run_directory import RunDirectory
@@ -98,8 +100,10 @@ class Controller:
         self._event_file, self._metric_file = JsonLines(self.directory.events), Metrics(self.directory.metrics)
         self._phase, self._asked = "starting", Request.NONE
         self._plan: Plan | None = None
+        self._measure = config.pipeline.schedule == "auto"  # until this launch has chosen
         self._gang: Gang | None = None
         self._step = self._epoch = self._restarts = 0
+        self._choose_at: int | None = None  # the step at which `schedule: auto` has been measured
         self._saved: int | None = None  # the step of the newest checkpoint
         self._last: Record = {}
         self._outcome: Result | Exception | None = None
@@ -121,8 +125,10 @@ class Controller:
             while True:
                 try:
                     self._build(plan, data)
-                    self._train(plan)
-                    break
+                    after = self._train(plan)
+                    if after is None:
+                        break
+                    plan = after
                 except WorkersLost as lost:
                     plan = self._recover(plan, lost)
             self._finish(self._complete())
@@ -145,7 +151,8 @@ class Controller:
         return dataset
 
     def _make_plan(self) -> Plan:
-        plan = make_plan(self.config, survey())
+        plan = make_plan(self.config, survey(), report=lambda text: self._enter(f"choosing a schedule: {text}"))
+        shutil.rmtree(self.directory.path / FOLDER, ignore_errors=True)  # what an earlier run has measured
         self._say("plan", f"plan: {plan.mesh}", page=str(plan), mesh=str(plan.mesh))
         self._plan = plan
         return plan
@@ -171,6 +178,9 @@ class Controller:
         }
         steps = self._together("build", lambda rank: (orders[rank],))
         self._step = self._saved = steps[0]
+        if self._measure:
+            asked = plan.config.observe.trace_steps
+            self._choose_at = self._step + MEASURED[1] if asked is None else asked[1]
         self._rewind(steps[0])
         text = f"{plan.mesh.world} workers ready in {time.monotonic() - start:.1f} s"
         if generation is not None:
@@ -179,8 +189,8 @@ class Controller:
         pids = {rank: facts.pid for rank, facts in sorted(self._gang.facts.items())}
         self._say("workers", text, epoch=self._epoch, step=self._step, hosts=hosts, pids=pids)
 
-    def _train(self, plan: Plan) -> None:
-        """Segments of steps; between them, what is due."""
+    def _train(self, plan: Plan) -> Plan | None:
+        """Segments of steps; between them, what is due. None at the end, else the plan to go on with."""
         config = plan.config
         while self._step < config.steps and not self._asked & Request.STOP:
             self._enter("training")
@@ -192,8 +202,28 @@ class Controller:
                 self._save()
             if self._evaluates and (ended or _due(self._step, config.evaluate.every)):
                 self._evaluate()
+            if self._choose_at == self._step and not ended:
+                after = self._choose(plan)
+                if after is not plan:
+                    return after
         if self._saved != self._step:
             self._save()
+        return None
+
+    def _choose(self, plan: Plan) -> Plan:
+        """`schedule: auto`, once the first steps are measured: the plan to go on with, its start saved."""
+        self._enter("choosing a schedule")
+        self._choose_at, self._measure = None, False
+        try:
+            after, why = replan(plan, read_times(self.directory.path, plan.config))
+        except ConfigError as error:
+            self._say("schedule", f"schedule: {plan.schedule.name} stays: {error.problems[0].what}")
+            return plan
+        self._say("schedule", f"schedule: {why}", page=str(after), schedule=after.schedule.name)
+        if after is not plan and self._saved != self._step:
+            self._save()
+        self._plan = after
+        return after
 
     def _save(self) -> None:
         self._enter("saving")
@@ -292,6 +322,8 @@ class Controller:
         """Where the next segment ends: at the next step where something is due."""
         every = [n for n in (self.config.checkpoint.every, self.config.evaluate.every) if n]
         ends = [(self._step // n + 1) * n for n in (*every, LONGEST_SEGMENT)]
+        if self._choose_at is not None and self._choose_at > self._step:
+            ends.append(self._choose_at)
         return min(self.config.steps, *ends)
 
     def _together(self, method: str, arguments: Callable[[int], tuple[Any, ...]]) -> dict[int, Any]:

@@ -23,14 +23,15 @@ from raytron.plan.actions import Action
 from raytron.plan.plan import Plan
 from raytron.plan.trace import FOLDER, Event, action_event, document, named
 
-MEASURED = (2, 4)  # the steps that `auto` measures: the first one also allocates and warms up
+MEASURED = (2, 4)  # of the steps since it was built, those that `auto` measures: the first one also warms up
 
 
 class Tracer:
-    """Watches one rank. steps: the first and the last step that count, from 1."""
+    """Watches one rank. steps: the first and the last step that count, from 1; None: MEASURED, and no events."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, steps: tuple[int, int], write_events: bool):
-        self.plan, self.mesh, self.steps, self.write_events = plan, mesh, steps, write_events
+    def __init__(self, plan: Plan, mesh: Mesh, steps: tuple[int, int] | None):
+        self.plan, self.mesh, self.write_events = plan, mesh, steps is not None
+        self.steps = steps
         self.active = False
         self._step = 0
         self._seen: list[tuple[int, Action, float, float]] = []  # step, action, start and end in seconds
@@ -41,8 +42,7 @@ class Tracer:
         asked = plan.config.observe.trace_steps
         if asked is None and plan.config.pipeline.schedule != "auto":
             return None
-        first, last = asked or MEASURED
-        return cls(plan, mesh, (first, last), write_events=asked is not None)
+        return cls(plan, mesh, None if asked is None else (asked[0], asked[1]))
 
     def now(self) -> float:
         """Seconds, when the device is done."""
@@ -56,12 +56,14 @@ class Tracer:
 
     def begin(self, step: int) -> None:
         """A step begins."""
+        if self.steps is None:
+            self.steps = (step - 1 + MEASURED[0], step - 1 + MEASURED[1])
         self._step, self.active = step, self.steps[0] <= step <= self.steps[1]
 
     def finish(self) -> None:
         """A step has ended; after the last one the files are written."""
         self.active = False
-        if self._step < self.steps[1] or not self._seen:
+        if self.steps is None or self._step < self.steps[1] or not self._seen:
             return
         directory, coords = Path(self.plan.config.run_dir), self.mesh.coords
         if self.write_events:

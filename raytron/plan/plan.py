@@ -27,9 +27,10 @@ from raytron.plan.times import Times
 from raytron.plan.weigh import stage_cost, stages_of
 from raytron.rules import problems
 
+SWITCH = 0.02  # share of a step that another schedule has to gain
 USABLE = 0.9  # of a device's memory: the rest is fragmentation, workspaces and what the framework takes
 
-__all__ = ["ClusterShape", "NodeShape", "Plan", "make_plan"]
+__all__ = ["ClusterShape", "NodeShape", "Plan", "make_plan", "replan"]
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,22 @@ def _small_batches(plan: Plan) -> Iterator[Problem]:
             what = f"{plan.schedule.name} is for the full batch, and with {size} sequences: {error}"
             yield Problem("batch_ramp.start", what, "name another pipeline.schedule, such as 1f1b, or start higher")
             return
+
+
+def replan(plan: Plan, times: Times, report: Callable[[str], None] | None = None) -> tuple[Plan, str]:
+    """Chooses anew, with measured times, for a plan whose schedule was chosen: the plan to go on with, and why.
+
+    It is the same plan unless another schedule is faster by SWITCH: to change is to save, and to build anew.
+    """
+    other = make_plan(plan.config, plan.cluster, times, report)
+    assert plan.choice is not None
+    assert other.choice is not None
+    was, best = plan.choice.best, other.choice.best
+    now = next(item for item in other.choice.candidates if (item.name, item.chunks) == (was.name, was.chunks))
+    gain = 1 - best.makespan / now.makespan
+    if best is now or gain < SWITCH:
+        return plan, f"{was} stays: by {times}, {best} would be {100 * max(0.0, gain):.1f} % faster"
+    return other, f"{best} after {was}: {100 * gain:.1f} % faster by {times}"
 
 
 def _memory_limit(config: RunConfig, cluster: ClusterShape | None) -> int | None:

@@ -241,3 +241,29 @@ def test_the_numbers_stand_where_prometheus_scrapes(start):
             line.split("{")[0] for line in lines if line.startswith("ray_raytron_") and f'run="{run.name}"' in line
         }
     assert found == {f"ray_raytron_{name}" for name in ("loss", "tokens_per_s", "step_time_s", "grad_norm")}
+
+
+def pretending(trainer):
+    """The loss head's stage seems to take no time, so that another schedule than by FLOPs is the best."""
+    tracer = trainer.tracer
+
+    def saw(action, start, end):
+        tracer._seen.append((tracer._step, action, 0.0, 0.1 if action.stage else 3.0))
+
+    tracer.saw = saw
+
+
+def test_auto_measures_and_goes_on_with_another_schedule(config, undisturbed):
+    """The losses are those of any other schedule, before and after the change."""
+    changes = {"pipeline.schedule": "auto", "model.layers": 4, "steps": 6, "micro_batch_size": 1, "evaluate.batches": 0}
+    plain = train(config.replace(**{**changes, "pipeline.schedule": "1f1b", "run_dir": config.run_dir + "-plain"}))
+    result = launch(config.replace(**changes), seams=troubled(pretending)).wait()
+    events = read_records(Path(result.run_dir) / "events.jsonl")
+    (said,) = [record for record in events if record["event"] == "schedule"]
+    built = [record["step"] for record in events if record["event"] == "workers"]
+    assert "measured in steps 2 to 4" in said["message"]
+    assert said["schedule"] != "zb-h2"
+    assert built == [0, 4]
+    assert steps_of(result.run_dir) == list(range(1, 7))
+    mine, others = (read_records(Path(path) / "metrics.jsonl") for path in (result.run_dir, plain.run_dir))
+    assert [m["loss"] for m in mine] == pytest.approx([o["loss"] for o in others], rel=1e-5)
