@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from raytron.config import RunConfig
@@ -31,6 +30,7 @@ from raytron.plan import activations
 from raytron.plan.activations import FP32, ITEM_BYTES, Device, Sizes
 from raytron.plan.live import Held, incoming, kept_after_each
 from raytron.plan.mesh import MeshShape
+from raytron.plan.names import group_of
 from raytron.plan.parameters import Parameter, elements, rank_parameters
 from raytron.plan.recompute import WHOLE, Treatment, treatments
 from raytron.plan.schedule import Schedule
@@ -161,8 +161,7 @@ def _shares_out(config: RunConfig) -> bool:
 def _moments(config: RunConfig, parameter: Parameter, count: int) -> int:
     """Bytes of the optimizer's running averages over `count` elements of a parameter."""
     name, bits = config.optimizer.name, config.precision.moments
-    group = next((group for group in config.optimizer.groups if fnmatchcase(parameter.name, group.match)), None)
-    if group is not None and group.freeze:
+    if group_of(parameter.name, config.optimizer.groups).freeze:
         return 0
     if name == "muon" and not parameter.is_hidden_matrix:
         name = "adamw"

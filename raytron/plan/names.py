@@ -7,43 +7,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from raytron.config import ModelConfig, ParameterGroup
+from raytron.config import ModelConfig, ParameterGroup, RunConfig
 from raytron.errors import Problem
+from raytron.plan.parameters import rank_parameters
 
 
 def parameter_names(model: ModelConfig) -> tuple[str, ...]:
     """The full names of all parameters, in the order of the forward pass."""
-    names = ["embed.weight", *(["position.weight"] if model.positions == "learned" else [])]
-    for layer in range(model.layers):
-        names += [f"layers.{layer}.attention.{part}" for part in _attention(model)]
-        names += [f"layers.{layer}.mlp.{part}" for part in _feed_forward(model)]
-    names += [f"norm.{part}" for part in _norm(model)]
-    return (*names, *([] if model.tied_embeddings else ["head.weight"]))
-
-
-def _norm(model: ModelConfig) -> tuple[str, ...]:
-    return ("weight", "bias") if model.norm == "layernorm" else ("weight",)
-
-
-def _attention(model: ModelConfig) -> Iterator[str]:
-    yield from (f"norm.{part}" for part in _norm(model))
-    yield from ("q.weight", "kv.weight", "out.weight")
-    if model.qkv_bias:
-        yield from ("q.bias", "kv.bias")
-    if model.bias:
-        yield "out.bias"
-    if model.qk_norm:
-        yield from ("q_norm.weight", "k_norm.weight")
-
-
-def _feed_forward(model: ModelConfig) -> Iterator[str]:
-    yield from (f"norm.{part}" for part in _norm(model))
-    yield from ("up.weight", "down.weight")
-    if model.bias:
-        yield from ("up.bias", "down.bias")
+    parameters = rank_parameters(RunConfig(model=model), [(0, model.layers)], [0])
+    return tuple(parameter.name for parameter in parameters)
 
 
 def layer_of(name: str) -> str:
