@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raytron.actors.run import Run, attach, launch, train
     from raytron.config import (
+        BatchRampConfig,
         CheckpointConfig,
         ClusterConfig,
         DataConfig,
         DataParallelConfig,
         EvaluateConfig,
+        ExpertsConfig,
         LearningRateConfig,
+        MemoryConfig,
         MeshConfig,
         ModelConfig,
         ObserveConfig,
         OptimizerConfig,
+        ParameterGroup,
         PipelineConfig,
         PrecisionConfig,
         ResumeConfig,
@@ -48,9 +52,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "raytron.actors.run": ("Run", "attach", "launch", "train"),
     "raytron.config": (
-        "CheckpointConfig", "ClusterConfig", "DataConfig", "DataParallelConfig", "EvaluateConfig", "LearningRateConfig",
-        "MeshConfig", "ModelConfig", "ObserveConfig", "OptimizerConfig", "PipelineConfig", "PrecisionConfig",
-        "ResumeConfig", "RunConfig", "TokenizerConfig", "load",
+        "BatchRampConfig", "CheckpointConfig", "ClusterConfig", "DataConfig", "DataParallelConfig", "EvaluateConfig",
+        "ExpertsConfig", "LearningRateConfig", "MemoryConfig", "MeshConfig", "ModelConfig", "ObserveConfig",
+        "OptimizerConfig", "ParameterGroup", "PipelineConfig", "PrecisionConfig", "ResumeConfig", "RunConfig",
+        "TokenizerConfig", "load",
     ),
     "raytron.errors": (
         "CheckpointError", "ClusterError", "ConfigError", "DataError", "Problem", "RaytronError", "ScheduleError",
@@ -62,6 +67,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BatchRampConfig",
     "CheckpointConfig",
     "CheckpointError",
     "ClusterConfig",
@@ -71,11 +77,14 @@ __all__ = [
     "DataError",
     "DataParallelConfig",
     "EvaluateConfig",
+    "ExpertsConfig",
     "LearningRateConfig",
+    "MemoryConfig",
     "MeshConfig",
     "ModelConfig",
     "ObserveConfig",
     "OptimizerConfig",
+    "ParameterGroup",
     "PipelineConfig",
     "Plan",
     "PrecisionConfig",

@@ -52,7 +52,7 @@ class ExpertsConfig:
     shared_ffn: int = 0  # width of the expert that every token goes through; 0: none
     shared_gate: bool = False  # the shared expert's output is weighed by a sigmoid of the token (Qwen2-MoE)
     first_dense: int = 0  # this many layers stay dense, then
-    every: int = 1  # every n-th layer has experts
+    every: int = 1  # every n-th of the others has experts: 2 means the second, the fourth, …
     score: Literal["softmax", "sigmoid"] = "softmax"  # of the router's logits
     normalize: bool = True  # the weights of a token's chosen experts sum to 1
     scale: float = 1.0  # factor on those weights
@@ -60,7 +60,7 @@ class ExpertsConfig:
     group_top_k: int = 1  # a token may choose from this many (DeepSeek-V2, arXiv 2405.04434)
     capacity_factor: float | None = None  # an expert takes at most factor · tokens · top_k / count; None: dropless
     drop: Literal["probability", "position"] = "probability"  # who stays where an expert is full
-    aux_loss: float = 0.0  # weight of the load balance loss (Fedus et al., arXiv 2101.03961)
+    aux_loss: float = 0.0  # weight of the load balance loss of each sequence (Fedus et al., arXiv 2101.03961)
     z_loss: float = 0.0  # weight of the router's z-loss (Zoph et al., arXiv 2202.08906)
     bias_rate: float = 0.0  # step of the balancing bias without a loss (Wang et al., arXiv 2408.15664); 0: no bias
 
@@ -81,7 +81,7 @@ class ModelConfig:
     positions: PositionName = "rope"
     max_positions: int = 2048  # rows of a learned position table
     rope_theta: float = 10_000.0
-    activation: ActivationName = "swiglu"
+    activation: ActivationName = "swiglu"  # of experts too
     qkv_bias: bool = False
     bias: bool = False  # on the attention output and the feed-forward layers
     qk_norm: bool = False  # RMS norm of each query and key head
@@ -105,6 +105,21 @@ class ModelConfig:
         """Whether the feed-forward layer has a gate beside its up projection."""
         return self.activation in GATED_ACTIVATIONS
 
+    @property
+    def expert_ffn(self) -> int:
+        """Width of one expert."""
+        return self.ffn if self.experts.ffn is None else self.experts.ffn
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer number `layer`, from 0, has experts in place of a dense feed-forward layer."""
+        after = layer - self.experts.first_dense
+        return self.experts.count > 0 and after >= 0 and (after + 1) % self.experts.every == 0
+
+    @property
+    def expert_layers(self) -> int:
+        """How many layers have experts."""
+        return sum(map(self.has_experts, range(self.layers)))
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -119,6 +134,7 @@ class MeshConfig:
     tp: int = 1
     ep: int = 1  # ranks that share out the experts of a layer
     etp: int = 1  # ranks that cut each expert's width
+    expert_dispatch: Literal["all_to_all", "all_gather"] = "all_to_all"  # how tokens reach the ranks of their experts
     replicate: int = 1  # dp = replicate × shard: optimizer state (and, by ZeRO level, more) is cut over the shard only
     cp_all_to_all: int = 1  # cp = ring × all-to-all: this many neighbours exchange heads for sequence (Ulysses)
     sequence_parallel: bool = True  # cut norms, dropout and residuals along the sequence over tp (no effect at tp=1)

@@ -17,6 +17,7 @@ from typing import Any
 from raytron.config import (
     ClusterConfig,
     EvaluateConfig,
+    ExpertsConfig,
     LearningRateConfig,
     MeshConfig,
     ModelConfig,
@@ -99,6 +100,56 @@ def mistral_7b_8xh100() -> RunConfig:
     return _run("mistral_7b_8xh100", model, MeshConfig(dp=2, tp=4), sequence_length=8192, gpu=True)
 
 
+def mixtral_8x7b_64xh100() -> RunConfig:
+    """Mixtral 8x7B on eight nodes: one expert on each GPU of a node."""
+    model = ModelConfig(
+        **_wide(32, 4096, 32, 14336),
+        kv_heads=8,
+        vocab=32000,
+        rope_theta=1_000_000.0,
+        experts=ExpertsConfig(count=8, top_k=2, aux_loss=0.02),
+    )
+    mesh = MeshConfig(pp=4, dp=4, tp=4, ep=8)
+    return _run("mixtral_8x7b_64xh100", model, mesh, sequence_length=4096, global_batch_size=256, gpu=True)
+
+
+def qwen3_30b_a3b_16xh100() -> RunConfig:
+    """Qwen3 30B-A3B on two nodes, eight experts of each layer on each GPU."""
+    model = _qwen3(
+        layers=48, hidden=2048, heads=32, kv_heads=4, ffn=6144, experts=ExpertsConfig(128, 8, ffn=768, aux_loss=0.001)
+    )
+    mesh = MeshConfig(dp=16, ep=16)
+    config = _run("qwen3_30b_a3b_16xh100", model, mesh, sequence_length=4096, global_batch_size=1024, gpu=True)
+    return config.replace(**{"memory.recompute": "selective"})
+
+
+def deepseek_v3_shaped_1024xh100() -> RunConfig:
+    """A model of DeepSeek-V3's shape (arXiv 2412.19437) on 128 nodes, four experts of each layer on each GPU.
+
+    Its layers, widths, experts, router and balancing are those of the paper. Its attention is not: grouped queries of about
+    the same size stand for the latent attention, and there is no multi-token prediction.
+    """
+    experts = ExpertsConfig(
+        count=256,
+        top_k=8,
+        ffn=2048,
+        shared_ffn=2048,
+        first_dense=3,
+        score="sigmoid",
+        scale=2.5,
+        groups=8,
+        group_top_k=4,
+        aux_loss=0.0001,
+        bias_rate=0.001,
+    )
+    model = ModelConfig(
+        **_wide(61, 7168, 96, 18432), kv_heads=8, head_dim=128, vocab=129280, norm_eps=1e-6, experts=experts
+    )
+    mesh = MeshConfig(pp=16, dp=32, tp=2, ep=64)
+    config = _run("deepseek_v3_shaped_1024xh100", model, mesh, sequence_length=4096, global_batch_size=8192, gpu=True)
+    return config.replace(**{"memory.recompute": "full", "lr.peak": 2.2e-4, "lr.final": 2.2e-5})
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     preset.__name__: preset
     for preset in (
@@ -112,6 +163,9 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         qwen3_0_6b_1xh200,
         qwen3_8b_8xh100,
         mistral_7b_8xh100,
+        mixtral_8x7b_64xh100,
+        qwen3_30b_a3b_16xh100,
+        deepseek_v3_shaped_1024xh100,
     )
 }
 
@@ -212,5 +266,10 @@ def _llama3_405b() -> ModelConfig:
 def _qwen3(**widths: Any) -> ModelConfig:
     """Yang et al., arXiv 2505.09388."""
     return ModelConfig(
-        **widths, kv_heads=8, head_dim=128, vocab=151936, norm_eps=1e-6, rope_theta=1_000_000.0, qk_norm=True
+        **{"kv_heads": 8, **widths},
+        head_dim=128,
+        vocab=151936,
+        norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+        qk_norm=True,
     )

@@ -105,7 +105,13 @@ RANGES: tuple[Range, ...] = (
     *_more_than_zero("model.norm_eps model.rope_theta"),
     *_at_least(0, "model.init_std"),
     *_share("model.dropout model.attention_dropout"),
-    *_at_least(1, "mesh.pp mesh.dp mesh.replicate mesh.cp mesh.cp_all_to_all mesh.tp mesh.ep pipeline.virtual_stages"),
+    *_at_least(0, "model.experts.count model.experts.shared_ffn model.experts.first_dense"),
+    *_at_least(1, "model.experts.top_k model.experts.ffn model.experts.every"),
+    *_at_least(1, "model.experts.groups model.experts.group_top_k"),
+    *_at_least(0, "model.experts.aux_loss model.experts.z_loss model.experts.bias_rate"),
+    *_more_than_zero("model.experts.scale model.experts.capacity_factor"),
+    *_at_least(1, "mesh.pp mesh.dp mesh.replicate mesh.cp mesh.cp_all_to_all mesh.tp mesh.ep mesh.etp"),
+    *_at_least(1, "pipeline.virtual_stages"),
     *_at_least(0, "data_parallel.prefetch"),
     *_more_than_zero("pipeline.memory_gb data_parallel.bucket_mb"),
     *_share("optimizer.beta1 optimizer.beta2 optimizer.momentum"),
@@ -264,22 +270,92 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
         yield Problem("evaluate.prompt_tokens", what, f"use less than {rows}")
 
 
-# what may be written already, and is not there yet: the key, its neutral value
-NOT_YET = {
-    "mesh.ep": 1, "mesh.etp": 1, "model.experts.count": 0,
-}  # fmt: skip
-NOT_YET_VALUES: dict[str, tuple[str, ...]] = {}
+def _experts_unused(config: RunConfig) -> Iterator[Problem]:
+    if config.model.experts.count > 0:
+        return
+    values, defaults = flatten(to_mapping(config)), flatten(to_mapping(RunConfig()))
+    needy = [key for key in values if key.startswith("model.experts.")]
+    for key in (*needy, "mesh.ep", "mesh.etp", "mesh.expert_dispatch"):
+        if values[key] != defaults[key]:
+            what = f"{values[key]!r} has no effect on a model without experts"
+            yield Problem(key, what, f"leave it at {_yaml(defaults[key])}, or set model.experts.count to 2 or more")
 
 
-def _unsupported(config: RunConfig) -> Iterator[Problem]:
-    values = flatten(to_mapping(config))
-    for key, neutral in NOT_YET.items():
-        if values[key] != neutral:
-            shown = "null" if neutral is None else str(neutral).lower()
-            yield Problem(key, f"this version does not have {values[key]!r} yet", f"use {shown}")
-    for key, missing in NOT_YET_VALUES.items():
-        if values[key] in missing:
-            yield Problem(key, f"this version does not have {values[key]!r} yet", "use another value")
+def _expert_choice(config: RunConfig) -> Iterator[Problem]:
+    experts = config.model.experts
+    if experts.count == 0:
+        return
+    if experts.count % experts.groups:
+        what = _divide(experts.count, "experts", experts.groups)
+        yield Problem("model.experts.groups", what, f"use {_any_of(divisors(experts.count), experts.groups)}")
+        return
+    if experts.group_top_k > experts.groups:
+        what = f"{experts.group_top_k} of {experts.groups} groups cannot be chosen"
+        yield Problem("model.experts.group_top_k", what, f"use at most {experts.groups}")
+        return
+    choice = experts.group_top_k * (experts.count // experts.groups)
+    if experts.top_k > choice:
+        of = f", {experts.group_top_k} groups of {experts.count // experts.groups}" if experts.groups > 1 else ""
+        what = f"a token cannot go to {experts.top_k} of {choice} experts{of}"
+        yield Problem("model.experts.top_k", what, f"use at most {choice}")
+    elif experts.top_k == 1 and experts.normalize:
+        what = "a token's only expert weighs 1 whatever the router says, which then learns nothing from the loss"
+        yield Problem("model.experts.normalize", what, "use false, or set model.experts.top_k to 2 or more")
+    if experts.drop != "probability" and experts.capacity_factor is None:
+        what = "nothing is dropped where experts have no capacity"
+        yield Problem("model.experts.drop", what, "use probability, or set model.experts.capacity_factor")
+    if experts.shared_gate and not experts.shared_ffn:
+        what = "there is no shared expert for the gate to weigh"
+        yield Problem("model.experts.shared_gate", what, "use false, or set model.experts.shared_ffn")
+
+
+def _expert_layers(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if model.experts.count == 0:
+        return
+    if model.expert_layers == 0:
+        first, every = model.experts.first_dense, model.experts.every
+        what = (
+            f"none of {model.layers} layers has experts, {first} being dense at first and then {every - 1} of {every}"
+        )
+        where = "model.experts.first_dense" if first >= model.layers else "model.experts.every"
+        yield Problem(where, what, f"use at most {model.layers - (1 if where.endswith('dense') else first)}")
+    if model.bias:
+        yield Problem("model.bias", "experts have no biases", "use false, or set model.experts.count to 0")
+
+
+def _expert_parallel(config: RunConfig) -> Iterator[Problem]:
+    model, mesh = config.model, config.mesh
+    if model.experts.count == 0:
+        return
+    plane = mesh.dp * mesh.cp * mesh.tp
+    widths = [etp for etp in divisors(plane) if model.expert_ffn % etp == 0]
+    if model.expert_ffn % mesh.etp:
+        what = _divide(model.expert_ffn, "channels of an expert", mesh.etp)
+        yield Problem("mesh.etp", what, f"use {_any_of(widths, mesh.etp)}")
+    elif plane % (mesh.etp * mesh.replicate):
+        what = f"{plane} ranks (dp · cp · tp) cannot be folded with etp {mesh.etp} and replicate {mesh.replicate}"
+        legal = [etp for etp in widths if plane % (etp * mesh.replicate) == 0]
+        yield Problem("mesh.etp", what, f"use {_any_of(legal, mesh.etp)}" if legal else "set mesh.replicate to 1")
+    else:
+        room = plane // (mesh.etp * mesh.replicate)
+        if model.experts.count % mesh.ep or room % mesh.ep:
+            what = f"{model.experts.count} experts and {room} ranks (dp · cp · tp"
+            what += f" / {mesh.etp * mesh.replicate}" if room < plane else ""
+            legal = [ep for ep in divisors(room) if model.experts.count % ep == 0]
+            what += f") cannot both be cut in {mesh.ep} equal parts"
+            yield Problem("mesh.ep", what, f"use {_any_of(legal, mesh.ep)}")
+    if model.experts.shared_ffn % mesh.tp:
+        what = _divide(model.experts.shared_ffn, "channels of the shared expert", mesh.tp)
+        yield Problem("model.experts.shared_ffn", what, f"use {_around(model.experts.shared_ffn, mesh.tp)}")
+    local, tp = config.sequence_length // mesh.cp, mesh.tp
+    if not mesh.sequence_parallel and local % tp:
+        what = f"{_divide(local, 'tokens', tp)}, of which each tp rank takes one through the experts"
+        yield Problem("sequence_length", what, f"use {_around(config.sequence_length, tp * mesh.cp)}")
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower()
 
 
 def _stages(config: RunConfig) -> Iterator[Problem]:
@@ -374,9 +450,10 @@ def _canonical(config: RunConfig) -> Iterator[Problem]:
     if config.data_parallel.reduce_dtype != "fp32":
         what = "sums that are rounded on their way depend on which rank made them, against determinism: canonical"
         yield Problem("data_parallel.reduce_dtype", what, "use fp32, or set determinism to mesh")
-    if config.mesh.ep > 1:
-        what = "an expert on its own rank adds up tokens of several micro-batches, against determinism: canonical"
-        yield Problem("mesh.ep", what, "use 1, or set determinism to mesh")
+    for axis in ("ep", "etp"):
+        if getattr(config.mesh, axis) > 1:
+            what = "ranks that share out experts add up tokens of several micro-batches, against determinism: canonical"
+            yield Problem(f"mesh.{axis}", what, "use 1, or set determinism to mesh")
 
 
 def _schedule(config: RunConfig) -> Iterator[Problem]:
@@ -563,7 +640,19 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("sequence_length mesh.tp mesh.cp mesh.cp_all_to_all mesh.sequence_parallel", _sequence),
     (f"{_HEADS} mesh.tp mesh.cp mesh.cp_all_to_all", _all_to_all),
     ("sequence_length model.max_positions model.positions evaluate.prompt_tokens", _positions),
-    ("", _unsupported),
+    ("model.experts.count", _experts_unused),
+    (
+        "model.experts.count model.experts.top_k model.experts.groups model.experts.group_top_k "
+        "model.experts.normalize model.experts.drop model.experts.capacity_factor model.experts.shared_gate "
+        "model.experts.shared_ffn",
+        _expert_choice,
+    ),
+    ("model.layers model.experts.count model.experts.first_dense model.experts.every model.bias", _expert_layers),
+    (
+        "model.experts.count model.experts.ffn model.ffn model.experts.shared_ffn mesh.dp mesh.cp mesh.tp mesh.ep "
+        "mesh.etp mesh.replicate mesh.sequence_parallel sequence_length",
+        _expert_parallel,
+    ),
     ("model.layers mesh.pp pipeline.virtual_stages pipeline.split pipeline.layout", _stages),
     ("pipeline.layout", _layout),
     ("observe.trace_steps", _trace),

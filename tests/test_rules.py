@@ -20,6 +20,7 @@ from raytron.rules import RANGES, RULES, problems
 
 AT_ONCE = {"optimizer.at_once": True, "optimizer.clip_norm": None}
 CANONICAL = {"determinism": "canonical", "cluster.threads_per_worker": 1}
+EXPERTS = {"model.experts.count": 8}
 CASES = [
     (
         {"model.heads": 7},
@@ -75,7 +76,44 @@ CASES = [
         "8 heads and 4 KV heads of a rank cannot be exchanged equally over 16",
         "use 1, 2, 4 or 8; a ring",
     ),
-    ({"mesh.ep": 2}, "mesh.ep", "this version does not have 2 yet", "use 1"),
+    ({"mesh.ep": 2}, "mesh.ep", "2 has no effect on a model without experts", "leave it at 1, or set"),
+    ({"model.experts.shared_ffn": 8}, "model.experts.shared_ffn", "8 has no effect", "model.experts.count to 2"),
+    ({**EXPERTS, "model.experts.groups": 3}, "model.experts.groups", "8 experts cannot be cut in 3", "1, 2, 4 or 8"),
+    ({**EXPERTS, "model.experts.group_top_k": 3}, "model.experts.group_top_k", "3 of 1 groups", "at most 1"),
+    ({**EXPERTS, "model.experts.top_k": 9}, "model.experts.top_k", "9 of 8 experts", "use at most 8"),
+    (
+        {**EXPERTS, "model.experts.groups": 4, "model.experts.top_k": 3},
+        "model.experts.top_k",
+        "3 of 2 experts, 1 groups of 2",
+        "use at most 2",
+    ),
+    ({**EXPERTS, "model.experts.top_k": 1}, "model.experts.normalize", "learns nothing", "use false"),
+    ({**EXPERTS, "model.experts.drop": "position"}, "model.experts.drop", "no capacity", "capacity_factor"),
+    ({**EXPERTS, "model.experts.shared_gate": True}, "model.experts.shared_gate", "no shared", "shared_ffn"),
+    ({**EXPERTS, "model.experts.first_dense": 4}, "model.experts.first_dense", "none of 4 layers", "use at most 3"),
+    ({**EXPERTS, "model.experts.every": 5}, "model.experts.every", "none of 4 layers", "use at most 4"),
+    ({**EXPERTS, "model.bias": True}, "model.bias", "experts have no biases", "use false"),
+    ({**EXPERTS, "mesh.ep": 3, "mesh.dp": 4}, "mesh.ep", "8 experts and 4 ranks (dp · cp · tp)", "use 1, 2 or 4"),
+    ({**EXPERTS, "mesh.ep": 4, "mesh.dp": 4, "mesh.etp": 2}, "mesh.ep", "2 ranks (dp · cp · tp / 2)", "use 1 or 2"),
+    ({**EXPERTS, "mesh.etp": 4, "mesh.dp": 2}, "mesh.etp", "2 ranks (dp · cp · tp) cannot be folded", "use 1 or 2"),
+    (
+        {**EXPERTS, "model.experts.ffn": 33, "mesh.etp": 2, "mesh.dp": 2},
+        "mesh.etp",
+        "33 channels of an expert",
+        "use 1",
+    ),
+    (
+        {**EXPERTS, "model.experts.shared_ffn": 33, "mesh.tp": 2},
+        "model.experts.shared_ffn",
+        "33 channels of the shared expert",
+        "use 32 or 34",
+    ),
+    (
+        {**EXPERTS, "sequence_length": 255, "mesh.tp": 2, "mesh.sequence_parallel": False},
+        "sequence_length",
+        "255 tokens cannot be cut in 2",
+        "use 254 or 256",
+    ),
     ({"mesh.pp": 8}, "mesh.pp", "4 layers cannot fill 8 stages", "at most 4 stages, or at least 8 layers"),
     ({"mesh.pp": 2, "pipeline.split": [1, 1, 2]}, "pipeline.split", "3 entries for 2 stages", "give 2 entries"),
     ({"mesh.pp": 2, "pipeline.split": [5, -1]}, "pipeline.split", "a negative number of layers", "0 or more"),

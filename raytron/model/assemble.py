@@ -8,9 +8,12 @@ from functools import partial
 import torch
 
 from raytron.config import RunConfig
+from raytron.model.balance import Balance
 from raytron.model.build import Builder
+from raytron.model.router import Router
 from raytron.model.stage import Stage
 from raytron.parallel.context import ContextParallel
+from raytron.parallel.expert import ExpertParallel
 from raytron.parallel.mesh import Group, Mesh
 from raytron.parallel.offload import Offload
 from raytron.parallel.parameter import Param
@@ -33,6 +36,8 @@ class Assembly:
     context_parallel: ContextParallel
     dtype: torch.dtype
     tied: tuple[Param, Group] | None  # an embedding with a copy on another rank, and the holders of the copies
+    experts: ExpertParallel | None  # None: the model has none
+    balance: Balance
 
     def uses(self, param: Param) -> int:
         """How many gradients one micro-batch brings a parameter: two for a table that embeds and also predicts."""
@@ -48,8 +53,9 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
     dtype = DTYPES[config.precision.dtype]
     parallel = TensorParallel(mesh.tp, config.mesh.sequence_parallel)
     context_parallel = ContextParallel.of(mesh)
+    experts = ExpertParallel(mesh, config.mesh) if config.model.experts.count else None
     build = Builder(
-        parallel, context_parallel, mesh.place, config.seed, dtype, mesh.device, partial(_shed, config, mesh)
+        parallel, context_parallel, mesh.place, config.seed, dtype, mesh.device, experts, partial(_shed, config, mesh)
     )
     offload = None
     if config.memory.offload_activations:
@@ -73,7 +79,10 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
         )
         table = stage.table if number == 0 else table
         stages[number] = stage
-    return Assembly(stages, build.params, parallel, context_parallel, dtype, _tied(config, plan, mesh, stages))
+    routers = [part for stage in stages.values() for part in stage.modules() if isinstance(part, Router)]
+    balance = Balance(routers, config.model.expert_layers, config.model.experts, experts)
+    tied = _tied(config, plan, mesh, stages)
+    return Assembly(stages, build.params, parallel, context_parallel, dtype, tied, experts, balance)
 
 
 def _shed(config: RunConfig, mesh: Mesh, param: Param) -> None:

@@ -1,4 +1,7 @@
-"""One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on both branches."""
+"""One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x)), with dropout on both branches.
+
+The feed-forward layer is dense or a mixture of experts, layer by layer (`ModelConfig.has_experts`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from raytron.model.attention import Attention
 from raytron.model.build import Builder
 from raytron.model.context import Context
 from raytron.model.mlp import FeedForward
+from raytron.model.moe import MixtureOfExperts
 from raytron.model.norm import Norm
 from raytron.parallel.random import key_of
 
@@ -27,7 +31,11 @@ class Block(nn.Module):
         )
         self.attention = Attention(build, f"{name}.attention", model)
         self.mlp_norm = Norm(build, f"{name}.mlp.norm", model.hidden, model.norm, model.norm_eps, partial=partial)
-        self.mlp = FeedForward(build, f"{name}.mlp", model)
+        self.mlp: FeedForward | MixtureOfExperts
+        if model.has_experts(index):
+            self.mlp = MixtureOfExperts(build, f"{name}.mlp", model)
+        else:
+            self.mlp = FeedForward(build, f"{name}.mlp", model)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (s,B,D) -> (s,B,D)."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from raytron.parallel.context import ContextParallel
+from raytron.parallel.expert import ExpertParallel
 from raytron.parallel.layout import Cut, Layout, Place
 from raytron.parallel.parameter import Param
 from raytron.parallel.random import fill_normal, key_of
@@ -29,18 +30,28 @@ class Builder:
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        experts: ExpertParallel | None = None,
         made: Callable[[Param], None] = lambda param: None,
     ):
-        """made: is told of each parameter as soon as it has its values."""
-        self.parallel, self.context_parallel, self.place = parallel, context_parallel, place
+        """experts: None for a model without them. made: is told of each parameter as soon as it has its values."""
+        self.parallel, self.context_parallel, self.experts, self.place = parallel, context_parallel, experts, place
         self.seed, self.dtype, self.device, self.made = seed, dtype, device, made
         self.params: list[Param] = []
 
     def normal(
-        self, name: str, shape: tuple[int, ...], std: float, *, dim: int | None, repeat: int = 1, decay: bool = True
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        std: float,
+        *,
+        dim: int | None,
+        repeat: int = 1,
+        decay: bool = True,
+        partial: bool = False,
     ) -> Param:
-        """A weight of some global shape, cut along `dim` over tp."""
-        layout = Layout(shape, _over_tp(dim, repeat), partial=dim is not None and repeat > 1)
+        """A weight of some global shape, cut along `dim` over tp; None: whole on every tp rank, where `partial` says whether
+        its gradient is a partial sum over tp."""
+        layout = Layout(shape, _over_tp(dim, repeat), partial=partial if dim is None else repeat > 1)
         return self._make(name, layout, decay, std)
 
     def expert(self, name: str, shape: tuple[int, ...], std: float, *, dim: int) -> Param:

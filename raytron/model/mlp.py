@@ -6,6 +6,7 @@ gated   x (s,B,D) → gate and up, one GEMM (S,B,2,F_l) → act(gate) · up → 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -33,16 +34,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """One feed-forward layer of one rank."""
 
-    def __init__(self, build: Builder, name: str, model: ModelConfig):
+    def __init__(self, build: Builder, name: str, model: ModelConfig, width: int | None = None):
+        """width: F, if not the model's."""
         super().__init__()
+        width = model.ffn if width is None else width
         self.parallel = build.parallel
-        self.activation = ACTIVATIONS[model.activation]
-        self.gated = model.gated
-        wide = (2, model.ffn) if model.gated else (model.ffn,)
+        self.activate = functools.partial(activate, ACTIVATIONS[model.activation], model.gated)
+        wide = (2, width) if model.gated else (width,)
         dim = len(wide) - 1
         self.up = build.normal(f"{name}.up.weight", (*wide, model.hidden), model.init_std, dim=dim)
         self.down = build.normal(
-            f"{name}.down.weight", (model.hidden, model.ffn), model.init_std / math.sqrt(2 * model.layers), dim=1
+            f"{name}.down.weight", (model.hidden, width), model.init_std / math.sqrt(2 * model.layers), dim=1
         )
         self.up_bias = self.down_bias = None
         if model.bias:
@@ -53,12 +55,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (s,B,D) -> (s,B,D)."""
         (wide,) = column_linear(x, self.parallel, (self.up, self.up_bias))
-        wide = context.keep.region("activation", self._activate, wide)
+        wide = context.keep.region("activation", self.activate, wide)
         return row_linear(wide, self.down, self.down_bias, self.parallel)
 
-    def _activate(self, wide: Tensor) -> Tensor:
-        """(S,B,2·F_l), or (S,B,F_l) where it is not gated, -> (S,B,F_l)."""
-        if not self.gated:
-            return self.activation(wide)
-        gate, up = wide.chunk(2, dim=-1)
-        return self.activation(gate) * up
+
+def activate(activation: Callable[[Tensor], Tensor], gated: bool, wide: Tensor) -> Tensor:
+    """(..., 2·F_l), or (..., F_l) where it is not gated, -> (..., F_l)."""
+    if not gated:
+        return activation(wide)
+    gate, up = wide.chunk(2, dim=-1)
+    return activation(gate) * up

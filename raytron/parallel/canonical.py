@@ -48,7 +48,8 @@ class CanonicalBucket(Bucket):
     ):
         super().__init__(params, over, how)
         self.early = False
-        self.work, self.dp, self.cp, self.uses = work, mesh.shape.dp, mesh.shape.cp, uses
+        self.work, self.dp, self.uses = work, mesh.shape.dp, uses
+        self.cp = over.every.size // self.dp  # of the parameters of experts cp · tp
         self.microbatches = 0  # of each rank
         self.trees: dict[Param, TreeSum] = {}
         self.halves: dict[tuple[Param, int], Tensor] = {}  # first contributions of parameters that get two

@@ -63,12 +63,13 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Wait:
 
 
 def start_exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Wait:
-    """Starts an all-to-all of pieces of any sizes, side by side in rank order: `sent[r]` elements of x (n,) go to rank r of
+    """Starts an all-to-all of pieces of any sizes, side by side in rank order: `sent[r]` rows of x (n, ...) go to rank r of
     the group, and `received[r]` come from it."""
     if group.size == 1:
         return lambda: x
-    out = x.new_empty(sum(received))
-    work = dist.all_to_all_single(out, x, list(received), list(sent), group=group.process_group, async_op=True)
+    out = x.new_empty((sum(received), *x.shape[1:]))
+    source = x.contiguous()
+    work = dist.all_to_all_single(out, source, list(received), list(sent), group=group.process_group, async_op=True)
     return _after(work, out)
 
 

@@ -8,11 +8,13 @@ test) the gradient stays in `.grad`, as everywhere in torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from raytron.kernels.grouped import add_grouped_product, grouped_product
 from raytron.parallel.layout import Layout
 
 
@@ -70,6 +72,17 @@ class Param(nn.Parameter):
         out = self._target(self.sink).view(dy.shape[1], x.shape[1])
         torch.addmm(out, dy.t(), x, beta=0 if self.fresh else 1, out=out)
         self._added(self.sink, last)
+
+    @torch.no_grad()
+    def add_products(self, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
+        """Adds dyᵀ x of each expert's rows: dy (T, N) and x (T, K), sorted by expert, of which each has `counts` rows,
+        perhaps none; parameter viewed as (experts, N, K)."""
+        if self.sink is None:
+            self.add_gradient(grouped_product(dy, x, counts).view(self.shape))
+            return
+        out = self._target(self.sink).view(len(counts), dy.shape[1], x.shape[1])
+        add_grouped_product(out, dy, x, counts, fresh=self.fresh)
+        self._added(self.sink, last=True)
 
     def _target(self, sink: Sink) -> Tensor:
         if self.main_grad is None:

@@ -206,16 +206,40 @@ def _head(plan: Plan) -> str:
     where = f" on {plan.cluster}" if plan.cluster is not None else ""
     along = ", sequence parallel" if config.mesh.sequence_parallel and mesh.tp > 1 else ""
     lines = [
-        f"{config.name}: {draw.counted(flops.parameters(model))} parameters, {draw.plural(config.steps, 'step')} of "
+        f"{config.name}: {draw.counted(flops.parameters(model))} parameters{_active(plan)}, "
+        f"{draw.plural(config.steps, 'step')} of "
         f"{plan.tokens_per_step:,} tokens",
         f"model     {model.layers} layers, hidden {model.hidden}, {heads}, feed-forward {model.ffn} "
         f"{model.activation}, vocabulary {model.vocab}",
+        *_experts(plan),
         f"mesh      {mesh}: {draw.plural(mesh.world, 'worker')}{where}",
         f"state     ZeRO {config.data_parallel.zero}{along}, {config.precision.dtype}",
         f"batch     {config.global_batch_size} sequences of {config.sequence_length} tokens = "
         f"{draw.plural(mesh.dp, 'replica')} × {config.microbatches} micro-batches × {config.micro_batch_size}{_ramp(plan)}",
     ]
     return "\n".join(lines)
+
+
+def _active(plan: Plan) -> str:
+    """How many of the parameters a token goes through, where they are not all."""
+    model = plan.config.model
+    return f" ({draw.counted(flops.active_parameters(model))} active)" if model.experts.count else ""
+
+
+def _experts(plan: Plan) -> list[str]:
+    """What the layers of experts are and how they are cut, in one line; none without experts."""
+    model, mesh, experts = plan.config.model, plan.mesh, plan.config.model.experts
+    if experts.count == 0:
+        return []
+    shared = f" and a shared one of {experts.shared_ffn}" if experts.shared_ffn else ""
+    room = "dropless" if experts.capacity_factor is None else f"capacity factor {experts.capacity_factor:g}"
+    fold = (
+        f"a plane's {mesh.dp * mesh.cp * mesh.tp} ranks fold as edp {mesh.size('edp')} · ep {mesh.ep} · etp {mesh.etp}"
+    )
+    return [
+        f"experts   in {draw.plural(model.expert_layers, 'layer')}, {experts.top_k} of {experts.count} of width "
+        f"{model.expert_ffn}{shared}, {room}; {fold}"
+    ]
 
 
 def _ramp(plan: Plan) -> str:

@@ -62,10 +62,10 @@ def weights(config: RunConfig) -> dict[Op, Items]:
     """FLOPs of F, I and W for one token."""
     model = config.model
     attention = flops.attention_forward_flops(model, config.sequence_length)
-    layer = flops.layer_forward_flops(model, config.sequence_length)
+    layers = [flops.layer_forward_flops(model, config.sequence_length, layer) for layer in range(model.layers)]
     embedding, head = 2.0 * model.hidden, flops.head_forward_flops(model)
-    each = {Op.F: layer, Op.I: layer + attention, Op.W: layer - attention}
-    return {op: Items(embedding, (cost,) * model.layers, head) for op, cost in each.items()}
+    each = {Op.F: 0.0, Op.I: attention, Op.W: -attention}
+    return {op: Items(embedding, tuple(layer + more for layer in layers), head) for op, more in each.items()}
 
 
 def stage_cost(config: RunConfig, stages: Sequence[Range], times: Times | None = None) -> Cost:

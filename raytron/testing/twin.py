@@ -20,6 +20,7 @@ from raytron.model.mlp import ACTIVATIONS
 from raytron.optim.lr import learning_rate
 from raytron.parallel.layout import Layout
 from raytron.parallel.random import fill_normal, keep_mask, key_of, token_rows
+from raytron.testing.mixture import mixture
 from raytron.testing.optimizers import PlainOptimizer
 
 
@@ -50,11 +51,15 @@ def shapes(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], float]]:
             norm(f"{name}.attention.q_norm", width, False)
             norm(f"{name}.attention.k_norm", width, False)
         norm(f"{name}.mlp.norm", hidden, layernorm)
+        if model.bias:
+            out[f"{name}.attention.out.bias"] = ((hidden,), 0)
+        if model.has_experts(index):
+            out.update(_expert_shapes(f"{name}.mlp", model, std, small))
+            continue
         wide = (2, model.ffn) if model.gated else (model.ffn,)
         out[f"{name}.mlp.up.weight"] = ((*wide, hidden), std)
         out[f"{name}.mlp.down.weight"] = ((hidden, model.ffn), small)
         if model.bias:
-            out[f"{name}.attention.out.bias"] = ((hidden,), 0)
             out[f"{name}.mlp.up.bias"] = (wide, 0)
             out[f"{name}.mlp.down.bias"] = ((hidden,), 0)
     norm("norm", hidden, layernorm)
@@ -72,12 +77,35 @@ def places(tokens: Tensor, documents: Tensor | None) -> Tensor:
     return same.sum(-1)
 
 
+def _expert_shapes(name: str, model: ModelConfig, std: float, small: float) -> dict[str, tuple[tuple[int, ...], float]]:
+    """The parameters of a layer of experts."""
+    experts, hidden, gated = model.experts, model.hidden, (2,) if model.gated else ()
+    out: dict[str, tuple[tuple[int, ...], float]] = {
+        f"{name}.router.weight": ((experts.count, hidden), std),
+        f"{name}.experts.up.weight": ((experts.count, *gated, model.expert_ffn, hidden), std),
+        f"{name}.experts.down.weight": ((experts.count, hidden, model.expert_ffn), small),
+    }
+    if experts.shared_ffn:
+        out[f"{name}.shared.up.weight"] = ((*gated, experts.shared_ffn, hidden), std)
+        out[f"{name}.shared.down.weight"] = ((hidden, experts.shared_ffn), small)
+    if experts.shared_gate:
+        out[f"{name}.shared.gate.weight"] = ((1, hidden), std)
+    return out
+
+
 class Twin:
     """The whole model of a configuration on one device, in float32."""
 
     def __init__(self, config: RunConfig):
         self.config, self.model = config, config.model
         self.weights: dict[str, Tensor] = {}
+        self.biases = {  # of routers; moved after each update, by the loads of its batch
+            f"layers.{index}.mlp": torch.zeros(self.model.experts.count)
+            for index in range(self.model.layers)
+            if self.model.experts.bias_rate > 0 and self.model.has_experts(index)
+        }
+        self.loads: dict[str, Tensor] = {}
+        self.penalty = torch.zeros(())  # auxiliary losses of the last forward, summed over tokens
         for name, (shape, std) in shapes(config.model).items():
             value = torch.ones(shape) if std == -1 else torch.zeros(shape)
             if std > 0:
@@ -96,6 +124,7 @@ class Twin:
         model, w = self.model, self.weights
         samples = torch.zeros(len(tokens), dtype=torch.int64) if samples is None else samples
         x = w["embed.weight"][tokens]
+        self.penalty = torch.zeros(())
         if model.positions == "learned":
             x = x + w["position.weight"][places(tokens, documents)]
         x = self._drop(x, ("embed", "dropout"), samples, training)
@@ -104,7 +133,8 @@ class Twin:
             y = self._norm(x, f"{name}.attention.norm")
             y = self._attention(y, f"{name}.attention", samples, training, documents)
             x = x + self._drop(y, (name, "attention"), samples, training)
-            y = self._feed_forward(self._norm(x, f"{name}.mlp.norm"), f"{name}.mlp")
+            y = self._norm(x, f"{name}.mlp.norm")
+            y = (self._mixture if model.has_experts(index) else self._feed_forward)(y, f"{name}.mlp")
             x = x + self._drop(y, (name, "mlp"), samples, training)
         head = w["embed.weight"] if model.tied_embeddings else w["head.weight"]
         return self._norm(x, "norm") @ head.t()
@@ -122,7 +152,7 @@ class Twin:
         for weight in self.weights.values():
             weight.grad = None
         loss = self.loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss + self.penalty / float(batch.weights.sum())).backward()  # type: ignore[no-untyped-call]
         return loss.item(), {name: w.grad.clone() for name, w in self.weights.items() if w.grad is not None}
 
     def train(self, batches: Iterable[Batch], first: int = 0) -> list[float]:
@@ -134,6 +164,9 @@ class Twin:
             if self.config.optimizer.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_norm)
             self.optimizer.step(learning_rate(self.config.lr, self.config.lr_horizon, step))
+            for name, bias in self.biases.items():
+                load = self.loads[name].float()
+                bias += self.model.experts.bias_rate * torch.sign(load.mean() - load)
             losses.append(loss)
         return losses
 
@@ -192,6 +225,14 @@ class Twin:
         act = ACTIVATIONS[self.model.activation]
         wide = act(wide[..., 0, :]) * wide[..., 1, :] if self.model.gated else act(wide)
         return self._linear(wide, f"{name}.down")
+
+    def _mixture(self, x: Tensor, name: str) -> Tensor:
+        act = ACTIVATIONS[self.model.activation]
+        gated = (lambda gate, up: act(gate) * up) if self.model.gated else act
+        mixed = mixture(x, self.weights, name, self.model.experts, self.biases.get(name), gated)
+        self.penalty = self.penalty + mixed.penalty
+        self.loads[name] = mixed.load
+        return mixed.y
 
     def _drop(self, x: Tensor, site: tuple[str, str], samples: Tensor, training: bool) -> Tensor:
         if not training or self.model.dropout == 0:

@@ -23,18 +23,17 @@ from typing import NamedTuple
 import torch
 
 from raytron.data.batch import Batch
-from raytron.optim.sharded import ShardedOptimizer
 from raytron.parallel.collectives import Wait, start_all_reduce
 from raytron.parallel.mesh import Group
 from raytron.training.engine import Engine, StepResult
 
 
 class Before:
-    """What an optimizer was before an update."""
+    """What a model and its optimizer were before an update."""
 
-    def __init__(self, optimizer: ShardedOptimizer):
-        self.optimizer, self.updates = optimizer, optimizer.updates
-        self.live = [part.tensor for part in optimizer.state().values()]
+    def __init__(self, engine: Engine):
+        self.optimizer, self.updates = engine.optimizer, engine.optimizer.updates
+        self.live = [part.tensor for part in engine.state().values()]
         self.copies = [tensor.clone() for tensor in self.live]
 
     @torch.no_grad()
@@ -73,7 +72,7 @@ class AtOnce:
         if result is not None and result.skipped:
             loss, tokens = engine.forward_backward(batch, sequences)
         values = engine.values(loss, tokens, request, layer_norms)
-        before = Before(engine.optimizer)
+        before = Before(engine)
         engine.update(lr, engine.mend(counted().item(), sequences))
         vector = torch.tensor(list(values.values()), dtype=torch.float64)
         self.unheard = Unheard(list(values), start_all_reduce(vector, self.hosts), sequences, before)

@@ -23,13 +23,15 @@ from torch import Tensor
 from raytron.data.batch import Batch
 from raytron.errors import DataError, Problem
 from raytron.model.assemble import Assembly, assemble
+from raytron.model.balance import EXPERTS
 from raytron.model.stage import Stage
 from raytron.optim.noise import Noise, NoiseMeter, noise
 from raytron.optim.precision import LossScale
-from raytron.optim.sharded import ShardedOptimizer, clip_scale
+from raytron.optim.sharded import WEIGHTS, ShardedOptimizer, clip_scale
 from raytron.parallel.buckets import Bucket, GradientBuckets
 from raytron.parallel.canonical import CanonicalBucket, exact_squared_norms, in_order
 from raytron.parallel.collectives import Wait, all_reduce, start_all_reduce
+from raytron.parallel.layout import Slice
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.pipeline import Pipeline, Watch
 from raytron.parallel.weights import Gathering
@@ -52,6 +54,7 @@ class StepResult(NamedTuple):
     request: int  # the union of what the ranks were asked for
     layer_norms: dict[str, float]  # gradient norm of each layer, where asked for: "layers.3", "embed", ...
     noise: Noise | None  # where asked for
+    metrics: dict[str, float]  # by name, what else was measured: experts/dropped, …
 
 
 class _Bound:
@@ -116,7 +119,10 @@ class Engine:
         self.buckets.begin(len(batches))
         if self.noise_meter is not None:
             self.noise_meter.begin()
+        self.model.balance.begin()
         scale = self.loss_scale.value / self._nominal(sequences)
+        if self.model.experts is not None:
+            self.model.experts.penalty_scale = scale
         schedule = self.plan.schedule_for(sequences)
         losses = self.pipeline.run(self._shape(batch), self.model.dtype, scale, schedule=schedule)
         self.buckets.finish()
@@ -148,6 +154,7 @@ class Engine:
             "tokens": tokens,
             **{f"request {bit}": float(request >> bit & 1) for bit in range(REQUEST_BITS)},
             **({} if self.canonical else self._squares(layer_norms)),
+            **self.model.balance.measure(),
         }
 
     def result(self, sums: dict[str, float], sequences: int) -> StepResult:
@@ -164,11 +171,13 @@ class Engine:
             request=sum(1 << bit for bit in range(REQUEST_BITS) if sums[f"request {bit}"] > 0),
             layer_norms={key.removeprefix(NORM): norm for key, norm in norms.items() if key != NORM},
             noise=self._noise(sums, mend, sequences),
+            metrics={name: value for name, value in sums.items() if name.startswith(EXPERTS)},
         )
 
     def update(self, lr: float, scale: float) -> None:
         """One update with owned gradients multiplied by `scale`; starts to gather what the next forward needs first."""
         self.optimizer.step(lr, scale)
+        self.model.balance.update()
         self.gathering.ahead()
 
     def mend(self, tokens: float, sequences: int) -> float:
@@ -211,6 +220,11 @@ class Engine:
             if share.owned.counted:
                 out[NORM + layer_of(share.name) if by_layer else NORM].append(share.gradient)
         return out
+
+    def state(self) -> dict[str, Slice]:
+        """All that a checkpoint holds of the model and the optimizer: slices of global tensors. After reading into them
+        call `optimizer.loaded`."""
+        return self.optimizer.state() | {WEIGHTS + name: part for name, part in self.model.balance.state().items()}
 
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """(Σ weight · loss, Σ weight) over this dp rank's share and all others', equal on all ranks; no dropout.

@@ -47,6 +47,8 @@ def load_model(generation: Generation) -> Stage:
     with torch.no_grad():
         for param in assembly.params:
             param.copy_(weights[param.full_name])
+        for name, part in assembly.balance.state().items():
+            part.tensor.copy_(weights[name])
     return assembly.stages[0]
 
 

@@ -115,7 +115,8 @@ class Trainer:
             record["skipped"] = True
         if result.noise is not None:
             record |= {f"gradient_noise/{key}": value for key, value in result.noise._asdict().items()}
-        return record | {f"grad_norm/{layer}": norm for layer, norm in result.layer_norms.items()}
+        norms = {f"grad_norm/{layer}": norm for layer, norm in result.layer_norms.items()}
+        return record | norms | result.metrics
 
     def evaluate(self) -> Record:
         """Mean loss in nats over the fixed validation batches; needs a validation stream."""
@@ -130,8 +131,8 @@ class Trainer:
         return {"step": self.step, "validation_loss": loss / max(1, tokens), "tokens": tokens}
 
     def state(self) -> dict[str, Slice]:
-        """Weights and moments: this rank's slices of the global tensors."""
-        return self.engine.optimizer.state()
+        """Weights, moments and balancing biases: this rank's slices of the global tensors."""
+        return self.engine.state()
 
     def facts(self) -> Record:
         """What a checkpoint knows beside its tensors."""

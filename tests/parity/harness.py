@@ -79,7 +79,7 @@ def run_twin(config: RunConfig, steps: int) -> Outcome:
     twin = Twin(config)
     _, gradients = twin.gradients(batch_of(config))
     trained = [gradient for name, gradient in gradients.items() if not twin.optimizer.frozen(name)]
-    norm = torch.cat([gradient.flatten() for gradient in trained]).norm().item()
+    norm = torch.cat([gradient.flatten() for gradient in trained]).double().norm().item()
     losses = twin.train(batch_of(config, step) for step in range(steps))
     return Outcome(gradients, norm, losses, {name: weight.detach() for name, weight in twin.weights.items()})
 
