@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -445,9 +446,15 @@ def _merged(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return get_type_hints(cls)
+
+
 def _all_keys(cls: type, prefix: str = "") -> list[str]:
     """Every dotted key below a dataclass, sections included."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     keys = []
     for item in dataclasses.fields(cls):
         keys.append(prefix + item.name)
@@ -475,7 +482,7 @@ def _build(cls: Any, raw: Any, prefix: str, found: list[Problem]) -> Any:
     if not isinstance(raw, Mapping):
         found.append(Problem(where, f"{raw!r} is not a section", f"write keys below `{where}:`"))
         return cls()
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     names = [item.name for item in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
     for key, value in raw.items():
