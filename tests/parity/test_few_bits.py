@@ -56,7 +56,7 @@ def overflow(rank: int, config: RunConfig) -> tuple[list[bool], int, float, bool
     skipped, kept = [], True
     run = engine.forward_backward
     for step in range(3):
-        before = [param.detach().clone() for param in engine.model.params]
+        before = [share.master.clone() for share in engine.optimizer.shares]
         if step == 1 and rank == 1:
 
             def broken(*arguments):
@@ -67,7 +67,7 @@ def overflow(rank: int, config: RunConfig) -> tuple[list[bool], int, float, bool
             engine.forward_backward = broken
         skipped.append(engine.step(batch, 1e-3).skipped)
         engine.forward_backward = run
-        same = all(torch.equal(a, b) for a, b in zip(before, engine.model.params, strict=True))
+        same = all(torch.equal(old, share.master) for old, share in zip(before, engine.optimizer.shares, strict=True))
         kept = kept and same == (step == 1)
     return skipped, engine.optimizer.updates, engine.loss_scale.value, kept
 
