@@ -13,6 +13,7 @@ from raytron.training.engine import Engine
 
 BASE = {"model": {"layers": 2, "hidden": 16, "heads": 2, "kv_heads": 1, "ffn": 24, "vocab": 31, "qk_norm": True},
         "sequence_length": 6, "global_batch_size": 4, "data": {"dataset": "random"}}  # fmt: skip
+EXPERTS = {"model.experts.count": 4, "model.experts.shared_ffn": 8, "model.experts.shared_gate": True}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -20,6 +21,11 @@ BASE = {"model": {"layers": 2, "hidden": 16, "heads": 2, "kv_heads": 1, "ffn": 2
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd"])
 def test_a_plan_counts_what_is_held(name, moments, dtype):
     check_state({"optimizer.name": name, "precision.moments": moments, "precision.dtype": dtype})
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_with_experts_too(name):
+    check_state({"optimizer.name": name, "precision.dtype": "bf16", **EXPERTS})
 
 
 def check_state(changes):

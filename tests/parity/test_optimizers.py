@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from harness import check_equal, run_mesh
-from models import tiny
+from models import LLAMA, tiny
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer.name": "muon"},
@@ -34,6 +34,18 @@ CASES = [("muon", mesh) for mesh in MESHES] + [
 def test_every_optimizer(world, optimizer, mesh):
     model = "gpt2" if mesh.startswith("gpt2") else "llama"
     check_equal(world, tiny(model, **OPTIMIZERS[optimizer], **MESHES[mesh]))
+
+
+EXPERTS = {**LLAMA, "layers": 2, "experts": {"count": 4, "top_k": 2, "ffn": 24, "shared_ffn": 16, "shared_gate": True}}
+EXPERT_MESHES = [
+    {"mesh.dp": 2, "mesh.tp": 2, "mesh.ep": 2, "mesh.etp": 2, "data_parallel.zero": 2},
+    {"mesh.dp": 4, "mesh.ep": 2, "micro_batch_size": 1},
+]
+
+
+@pytest.mark.parametrize("mesh", EXPERT_MESHES, ids=str)
+def test_muon_takes_each_experts_matrices(world, mesh):
+    check_equal(world, tiny(EXPERTS, **OPTIMIZERS["muon"], **mesh))
 
 
 GROUPS = [

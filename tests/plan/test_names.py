@@ -15,6 +15,8 @@ MODELS = {
     "llama": {},
     "gpt2": {"norm": "layernorm", "positions": "learned", "activation": "gelu_tanh", "qkv_bias": True, "bias": True,
              "tied_embeddings": True},
+    "experts": {"experts": {"count": 4, "every": 2, "first_dense": 1}},
+    "shared expert": {"experts": {"count": 4, "shared_ffn": 16, "shared_gate": True}},
     "qwen3": {"qk_norm": True, "qkv_bias": True, "kv_heads": 1},
 }  # fmt: skip
 
