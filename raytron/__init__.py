@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from raytron.observe.result import Result
     from raytron.plan.plan import Plan, make_plan
+    from raytron.training.upcycle import upcycle
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ _HOMES = {
     ),
     "raytron.observe.result": ("Result",),
     "raytron.plan.plan": ("Plan", "make_plan"),
+    "raytron.training.upcycle": ("upcycle",),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -102,6 +104,7 @@ __all__ = [
     "load",
     "make_plan",
     "train",
+    "upcycle",
 ]
 
 

@@ -36,6 +36,7 @@ LAZY = {
     "data page": ("raytron.data.describe", "describe"),
     "checkpoint page": ("raytron.checkpoint.describe", "describe"),
     "generate": ("raytron.training.generate", "generate"),
+    "upcycle": ("raytron.training.upcycle", "upcycle"),
 }
 MANIFEST = "manifest.json"  # what a data set is known by
 
@@ -115,6 +116,11 @@ def inspect(given: argparse.Namespace) -> int:
 
 def generate(given: argparse.Namespace) -> int:
     print(given.prompt + lazy("generate")(given.checkpoint, given.prompt, given.tokens))
+    return 0
+
+
+def upcycle(given: argparse.Namespace) -> int:
+    print(lazy("upcycle")(given.checkpoint, _config(given)))
     return 0
 
 
@@ -199,6 +205,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run directory")
     made.add_argument("--prompt", required=True)
     made.add_argument("--tokens", type=int, default=32)
+    made = add(upcycle, "make step 0 of a mixture of experts from a dense checkpoint")
+    made.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run directory")
+    made.add_argument("config", metavar="CONFIG", help="of the run to make: a YAML file, or the name of a preset")
+    made.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. model.experts.count=8")
     for command, text in ((status, "show where a run, or every run, stands"), (stop, "make a run save and stop")):
         made = add(command, text)
         run = made.add_argument("run", metavar="RUN", help="the name of a run, or its directory")

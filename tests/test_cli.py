@@ -17,7 +17,7 @@ from raytron.observe.records import Metrics
 from raytron.training.run_directory import RunDirectory, settle
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
-COMMANDS = ("train", "plan", "tokenize", "inspect", "generate", "status", "stop")
+COMMANDS = ("train", "plan", "tokenize", "inspect", "generate", "upcycle", "status", "stop")
 NO_RAY = "import sys\nsys.modules['ray'] = None\nfrom raytron.cli import main\nsys.exit(main(sys.argv[1:]))"
 SMALL = {
     "name": "small",

@@ -1,7 +1,8 @@
 """Names of weights here and in Hugging Face's models: one two-way table for each family.
 
 A row pairs one parameter of ours with one or several of theirs, and says how the one is packed from the others. `{i}` is
-a layer. Ours are described in `raytron.model.attention` and `mlp`; theirs are matrices (out, in), in GPT-2 (in, out).
+a layer, `{e}` an expert. Ours are described in `raytron.model.attention`, `mlp` and `moe`; theirs are matrices (out, in), in
+GPT-2 (in, out), and their names are those of the files, where each expert has matrices of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from raytron.config import ModelConfig
+from raytron.errors import ConfigError, Problem
 
 Unpack = Callable[[Tensor, ModelConfig], list[Tensor]]
 Pack = Callable[[list[Tensor], ModelConfig], Tensor]
@@ -60,6 +62,22 @@ def _gate_up(ours: str, gate: str, up: str) -> Row:
     return Row(ours, (gate, up), lambda w, m: [w[0], w[1]], lambda ws, m: torch.stack(ws))
 
 
+def _stacked(matrices: list[Tensor], count: int) -> Tensor:
+    """n matrices for each of `count` experts as (count, n, ...), n = 1 left out."""
+    stacked = torch.stack(matrices)
+    return stacked if len(matrices) == count else stacked.view(count, -1, *stacked.shape[1:])
+
+
+def _experts(ours: str, *theirs: str) -> Row:
+    """(E, n, F, D), or (E, D, F), as n matrices for each expert."""
+    return Row(
+        ours,
+        theirs,
+        lambda w, m: list(w.flatten(0, w.dim() - 3)),
+        lambda ws, m: _stacked(ws, m.experts.count),
+    )
+
+
 _LAYER = "model.layers.{i}."
 LLAMA = [  # also Mistral, Qwen2 (biases) and Qwen3 (QK norms)
     _same("embed.weight", "model.embed_tokens.weight"),
@@ -84,6 +102,26 @@ LLAMA = [  # also Mistral, Qwen2 (biases) and Qwen3 (QK norms)
 ]
 
 
+_MLP = "layers.{i}.mlp."
+_MIX = _LAYER + "block_sparse_moe."
+MIXTRAL = [
+    *LLAMA,
+    _same(_MLP + "router.weight", _MIX + "gate.weight"),
+    _experts(_MLP + "experts.up.weight", _MIX + "experts.{e}.w1.weight", _MIX + "experts.{e}.w3.weight"),
+    _experts(_MLP + "experts.down.weight", _MIX + "experts.{e}.w2.weight"),
+]
+_ONE, _ALL = _LAYER + "mlp.experts.{e}.", _LAYER + "mlp.shared_expert."
+QWEN_MOE = [  # Qwen2 (shared expert and gate) and Qwen3
+    *LLAMA,
+    _same(_MLP + "router.weight", _LAYER + "mlp.gate.weight"),
+    _experts(_MLP + "experts.up.weight", _ONE + "gate_proj.weight", _ONE + "up_proj.weight"),
+    _experts(_MLP + "experts.down.weight", _ONE + "down_proj.weight"),
+    _gate_up(_MLP + "shared.up.weight", _ALL + "gate_proj.weight", _ALL + "up_proj.weight"),
+    _same(_MLP + "shared.down.weight", _ALL + "down_proj.weight"),
+    _same(_MLP + "shared.gate.weight", _LAYER + "mlp.shared_expert_gate.weight"),
+]
+
+
 _BLOCK = "transformer.h.{i}."
 GPT2 = [
     _same("embed.weight", "transformer.wte.weight"),
@@ -104,7 +142,8 @@ GPT2 = [
 
 
 def to_hugging_face(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Our whole weights under Hugging Face's names: GPT-2's where positions are learned, else Llama's."""
+    """Our whole weights under Hugging Face's names: GPT-2's where positions are learned, of experts Mixtral's or Qwen's,
+    else Llama's. Raises ConfigError for experts that neither has."""
     out: dict[str, Tensor] = {}
     for ours, theirs, row in _names(model):
         if ours in weights:
@@ -146,6 +185,32 @@ def _is_gpt2(model: ModelConfig) -> bool:
 
 def _names(model: ModelConfig) -> Iterator[tuple[str, list[str], Row]]:
     """Every row of the model's family for every layer: our name, theirs, and the row."""
-    for row in GPT2 if _is_gpt2(model) else LLAMA:
+    for row in _family(model):
+        each = range(model.experts.count if "{e}" in row.theirs[0] else 1)
         for layer in range(model.layers) if "{i}" in row.ours else (0,):
-            yield row.ours.format(i=layer), [name.format(i=layer) for name in row.theirs], row
+            theirs = [name.format(i=layer, e=expert) for expert in each for name in row.theirs]
+            yield row.ours.format(i=layer), theirs, row
+
+
+def _family(model: ModelConfig) -> list[Row]:
+    """The table that names the model's weights."""
+    if model.experts.count == 0:
+        return GPT2 if _is_gpt2(model) else LLAMA
+    found = list(_unnamed(model))
+    if found:
+        raise ConfigError(found)
+    everywhere = model.expert_layers == model.layers and model.expert_ffn == model.ffn
+    plain = not (model.qk_norm or model.qkv_bias or model.experts.shared_ffn) and model.experts.normalize
+    return MIXTRAL if everywhere and plain else QWEN_MOE
+
+
+def _unnamed(model: ModelConfig) -> Iterator[Problem]:
+    """What neither Mixtral nor Qwen-MoE has."""
+    experts, remedy = model.experts, "only Mixtral's and Qwen's mixtures have names there"
+    if model.positions == "learned" or model.activation != "swiglu":
+        yield Problem("model", "experts with learned positions or another activation than swiglu", remedy)
+    if experts.score != "softmax" or experts.groups > 1 or experts.bias_rate > 0 or experts.scale != 1:
+        what = "a router with sigmoid scores, groups, a balancing bias or a scale"
+        yield Problem("model.experts.score", what, remedy)
+    if bool(experts.shared_ffn) != experts.shared_gate or (experts.shared_ffn and model.qk_norm):
+        yield Problem("model.experts.shared_ffn", "a shared expert without a gate, or beside QK norms", remedy)

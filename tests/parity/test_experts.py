@@ -1,6 +1,6 @@
 """Mixtures of experts give the same on every mesh as a plain loop over experts on one device.
 
-The last step of the twin's 20 is compared too, by which time a choice of experts that hangs on the last bit would show.
+Each kind of model takes 20 steps on one device and over ep; on the other meshes 8 show the same in less time.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def name_of(value: Any) -> str:
 
 @pytest.mark.parametrize(("model", "mesh"), CASES, ids=name_of)
 def test_every_mesh_equals_a_loop_over_experts(world, model, mesh):
-    check_equal(world, tiny(MODELS[model], **mesh))
+    check_equal(world, tiny(MODELS[model], **mesh), steps=20 if len(mesh) <= 2 else 8)
 
 
 def test_the_same_mesh_twice_is_equal_to_the_bit(world):
