@@ -10,6 +10,7 @@ out (ZeRO 1 and up: shard · cp, for experts eshard), where a share is the wides
                  AdamW, one with Lion, SGD and Muon (whose other parameters are AdamW's), in fp32 or bf16; AdamW in fp32
                  also counts its steps, 4 bytes for each parameter; none for what is frozen
 
+`optimizer.at_once` keeps masters and moments a second time, as they were a step ago, from the first step on.
 Offload keeps gradient shares and optimizer state in host memory. `determinism: canonical` keeps partial sums of
 micro-batches: log₂ of their number and one.
 
@@ -130,6 +131,8 @@ def state(
         if config.precision.dtype != "fp32" or not alone or (how.offload and device == "cuda"):
             optimizer += FP32 * cut.owned
         optimizer += _moments(config, parameter, cut.owned)
+        if config.optimizer.at_once:
+            optimizer += FP32 * cut.owned + _moments(config, parameter, cut.owned) - _moments(config, parameter, 0)
     if how.offload:
         return State(weights, sums, 0, shares + optimizer)
     return State(weights, sums + shares, optimizer)

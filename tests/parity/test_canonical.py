@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from harness import check_equal, run_mesh
 from models import tiny
+from test_experts import DEEPSEEK, MIXTRAL
 
 from raytron.config import RunConfig
 
@@ -34,6 +35,8 @@ OTHERS = {
     "qwen3, tp": tiny("qwen3", **CANONICAL, **{"mesh.tp": 2}),
     "qwen3, ring, documents": tiny("qwen3", **CANONICAL, **{"mesh.cp": 2, "data.document_mask": True}),
     "gpt2, zb-h1, tied over stages": tiny("gpt2", **CANONICAL, **{"mesh.pp": 2, "pipeline.schedule": "zb-h1"}),
+    "experts": tiny(MIXTRAL, **CANONICAL),
+    "experts, tp": tiny(DEEPSEEK, **CANONICAL, **{"mesh.tp": 2}),
     "gpt2, interleaved": tiny(
         "gpt2", **CANONICAL, **{"mesh.pp": 2, "pipeline.schedule": "interleaved", "pipeline.virtual_stages": 2}
     ),

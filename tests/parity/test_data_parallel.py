@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import bare, check_equal, run_mesh, run_twin
 from models import batch_of, tiny
+from test_experts import DEEPSEEK, MIXTRAL
 
 from raytron.config import RunConfig
 from raytron.parallel.buckets import GradientBuckets
@@ -34,6 +35,8 @@ CASES = {
     ),
     "zero 3, dp that divides nothing": tiny("gpt2", **{"mesh.dp": 3, "data_parallel.zero": 3, "global_batch_size": 6,
                                                        "micro_batch_size": 1}),
+    "zero 3, experts": tiny(MIXTRAL, **ZERO3, **{"mesh.ep": 2, "mesh.pp": 2, "pipeline.schedule": "zb-h1"}),
+    "hybrid, zero 3, shared experts": tiny(DEEPSEEK, **HYBRID, **{"mesh.ep": 2, "data_parallel.zero": 3}),
     "hybrid, zero 1": tiny("llama", **HYBRID),
     "hybrid, zero 2, pp": tiny("qwen3", **HYBRID, **{"mesh.pp": 2, "data_parallel.zero": 2}),
     "hybrid, zero 3": tiny("gpt2", **HYBRID, **{"data_parallel.zero": 3}),

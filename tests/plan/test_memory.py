@@ -44,6 +44,11 @@ def test_one_rank_in_fp32_has_sixteen_bytes_for_each_parameter():
     assert memory().ranks[0].optimizer == 8 * rank.parameters + 4 * tensors
 
 
+def test_updates_at_once_keep_masters_and_moments_twice():
+    free, at_once = memory(optimizer__clip_norm=None), memory(optimizer__clip_norm=None, optimizer__at_once=True)
+    assert at_once.ranks[0].optimizer - free.ranks[0].optimizer == 12 * free.ranks[0].parameters
+
+
 def test_bf16_halves_weights_and_adds_masters():
     (rank,) = memory(precision__dtype="bf16", precision__moments="bf16").ranks
     assert (rank.weights, rank.gradients, rank.optimizer) == tuple(n * rank.parameters for n in (2, 4, 8))
