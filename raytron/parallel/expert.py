@@ -353,11 +353,11 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        x, counts = ctx.saved_tensors[0].detach(), ctx.counts  # a task must not hold the graph, nor `ctx`
         weight: Param = ctx.weight
         dy = dy.contiguous()
-        dx = grouped_matmul(dy, matrices(weight), ctx.counts)
-        ctx.deferred.do(lambda: weight.add_products(dy, x, ctx.counts))
+        dx = grouped_matmul(dy, matrices(weight), counts)
+        ctx.deferred.do(lambda: weight.add_products(dy, x, counts))
         return dx, None, None, None
 
 
@@ -377,7 +377,7 @@ class _RouterLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0].detach()
         weight: Param = ctx.weight
         dx = dy @ matrix(weight).float()
         ctx.deferred.do(lambda: weight.add_product(dy, x.float()))

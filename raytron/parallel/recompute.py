@@ -18,7 +18,7 @@ torch hands every tensor that some backward keeps to the pack hook that is activ
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,18 @@ class _Again:
         return self.record()[1].detach() if self.inputs else self.function()
 
 
+class _View(NamedTuple):
+    """A tensor in the storage of another one that is made again; as made, the two lie alike."""
+
+    again: _Again
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def tensor(self) -> Tensor:
+        return self.again.tensor().as_strided(self.size, self.stride, self.offset)
+
+
 class _Region(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, again: _Again, *inputs: Tensor) -> Tensor:
@@ -68,7 +80,7 @@ class Keep:
     def __init__(self, parts: frozenset[str] = frozenset(), parked: Parked | None = None):
         """parts: names of the regions that run again. parked: where what is kept goes, if not nowhere."""
         self.parts, self.parked = parts, parked
-        self._again: dict[StorageWeakRef, tuple[torch.Size, tuple[int, ...], _Again]] = {}
+        self._again: dict[StorageWeakRef, tuple[torch.dtype, _Again]] = {}
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
 
     def region(self, part: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -86,14 +98,14 @@ class Keep:
         return self._remember(function(), _Again(self, function, ()))
 
     def _remember(self, out: Tensor, again: _Again) -> Tensor:
-        self._again[_storage(out)] = out.shape, out.stride(), again
+        self._again[_storage(out)] = out.dtype, again
         return out
 
     def pack(self, x: Tensor) -> Any:
         """What stands for a tensor until backward asks for it."""
         known = self._again.get(_storage(x))
-        if known is not None and known[:2] == (x.shape, x.stride()):
-            return known[2]
+        if known is not None and known[0] == x.dtype:
+            return _View(known[1], x.shape, x.stride(), int(x.storage_offset()))
         parked = self.parked.put(x) if self.parked is not None else None
         return x.detach() if parked is None else parked  # detached: else a node would keep itself alive by its output
 

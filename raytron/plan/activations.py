@@ -64,8 +64,8 @@ class Sizes(NamedTuple):
         return self.share * self.hidden * self.item
 
 
-def block(config: RunConfig, parts: frozenset[str], device: Device) -> list[int]:
-    """The storages that one block keeps, with these parts recomputed."""
+def block(config: RunConfig, layer: int, parts: frozenset[str], device: Device) -> list[int]:
+    """The storages that the block of one layer keeps, with these parts recomputed."""
     model, sizes = config.model, Sizes.of(config)
     if WHOLE in parts:
         return [sizes.residual]
@@ -78,17 +78,21 @@ def block(config: RunConfig, parts: frozenset[str], device: Device) -> list[int]
     kept += _attention(config, sizes, "attention" in parts, device)
     if model.dropout > 0 and "dropout" not in parts:
         kept += [sizes.residual] * 2
+    if model.has_experts(layer):
+        return kept + _mixture(config, sizes, "activation" in parts)
     return kept + _feed_forward(model, sizes.tokens * (model.ffn // config.mesh.tp) * sizes.item, "activation" in parts)
 
 
-def block_deferred(config: RunConfig) -> list[int]:
-    """What one block keeps from I to W: inputs and gradients of outputs of its linear layers."""
+def block_deferred(config: RunConfig, layer: int) -> list[int]:
+    """What the block of one layer keeps from I to W: inputs and gradients of outputs of its linear layers."""
     model, sizes = config.model, Sizes.of(config)
     token = sizes.tokens * sizes.item
     projected = token * (sizes.heads + 2 * sizes.kv_heads) * sizes.width
-    mixed, ffn, whole = token * sizes.heads * sizes.width, token * (model.ffn // config.mesh.tp), token * sizes.hidden
-    wide = 2 * ffn if model.gated else ffn
-    return [sizes.residual, projected, mixed, whole, sizes.residual, wide, ffn, whole]
+    mixed, whole = token * sizes.heads * sizes.width, token * sizes.hidden
+    kept = [sizes.residual, projected, mixed, whole, sizes.residual]
+    if model.has_experts(layer):
+        return kept + _mixture_deferred(config, sizes)
+    return [*kept, *_feed_forward_deferred(model, token * (model.ffn // config.mesh.tp)), whole]
 
 
 def first(config: RunConfig) -> list[int]:
@@ -124,9 +128,12 @@ def working(config: RunConfig, device: Device) -> int:
     """An estimate of the most that an action takes beside what is kept: a block that runs again, or in its backward the
     gradients around the feed-forward layer; or the logits before they are a softmax, and their gradient after."""
     model, sizes = config.model, Sizes.of(config)
-    everything, parts = sum(block(config, frozenset(), device)), parts_of(config.memory)
-    again = everything - sum(block(config, parts, device)) if parts else 0
+    parts, last_layer = parts_of(config.memory), model.layers - 1  # with experts, if any layer has
+    everything = sum(block(config, last_layer, frozenset(), device))
+    again = everything - sum(block(config, last_layer, parts, device)) if parts else 0
     narrow = sizes.tokens * (model.ffn // config.mesh.tp) * sizes.item
+    if model.has_experts(last_layer):
+        narrow = _rows(config, sizes) * (model.expert_ffn // config.mesh.etp) * sizes.item
     gradients = (3 if model.gated else 2) * narrow + 2 * sizes.tokens * sizes.hidden * sizes.item
     tokens = -(-sizes.tokens // config.memory.loss_chunks)
     logits = tokens * sizes.vocab * (sizes.item if config.memory.loss_chunks == 1 else 2 * sizes.item + FP32)
@@ -178,3 +185,48 @@ def _feed_forward(model: ModelConfig, narrow: int, recomputed: bool) -> list[int
     if model.gated or model.activation == "relu2":
         return [wide, narrow, narrow] if model.gated else [narrow, narrow]
     return [wide, narrow]
+
+
+def _feed_forward_deferred(model: ModelConfig, narrow: int) -> list[int]:
+    """Of a feed-forward layer without its input and without the gradient of its output. narrow: T·F·e."""
+    return [2 * narrow if model.gated else narrow, narrow]
+
+
+def _rows(config: RunConfig, sizes: Sizes) -> int:
+    """Rows that a rank's experts compute where all are loaded evenly and none drops a token."""
+    return sizes.tokens // config.mesh.tp * config.model.experts.top_k * config.mesh.etp
+
+
+def _mixture(config: RunConfig, sizes: Sizes, recomputed: bool) -> list[int]:
+    """A mixture of experts, evenly loaded. Its experts' second layers take the activation again where it is recomputed;
+    beside what experts keep, the router keeps the scores, and what travels its weights, its order and what came back."""
+    model, mesh, experts = config.model, config.mesh, config.model.experts
+    own, rows = sizes.tokens // mesh.tp, _rows(config, sizes)
+    gathered = own * (mesh.ep * mesh.etp if mesh.expert_dispatch == "all_gather" else 1)
+    pairs, wide = own * experts.top_k, rows * sizes.hidden * sizes.item
+    kept = [own * experts.count * FP32]  # scores
+    if experts.z_loss > 0:
+        kept += [own * experts.count * FP32, own * FP32]
+    kept += [pairs * INDEX, pairs * FP32]  # choices and their weights
+    kept += [pairs * FP32, own * FP32] if experts.normalize else []
+    kept += [rows // mesh.etp * INDEX, gathered * experts.top_k * INDEX]  # the order of pairs, and the way back
+    kept += [rows * INDEX] if mesh.ep * mesh.etp > 1 and mesh.expert_dispatch == "all_to_all" else []
+    kept += [wide, *_feed_forward(model, rows * (model.expert_ffn // mesh.etp) * sizes.item, recomputed)]
+    kept += [wide // mesh.etp]  # what came back
+    if experts.shared_ffn:
+        kept += _feed_forward(model, sizes.tokens * (experts.shared_ffn // mesh.tp) * sizes.item, recomputed)
+    if experts.shared_gate:
+        kept += [sizes.share * sizes.item, sizes.residual]
+    return kept
+
+
+def _mixture_deferred(config: RunConfig, sizes: Sizes) -> list[int]:
+    model, mesh, experts = config.model, config.mesh, config.model.experts
+    own, rows = sizes.tokens // mesh.tp, _rows(config, sizes)
+    wide = rows * sizes.hidden * sizes.item
+    kept = [own * experts.count * FP32, wide, wide]
+    kept += _feed_forward_deferred(model, rows * (model.expert_ffn // mesh.etp) * sizes.item)
+    if experts.shared_ffn:
+        kept += _feed_forward_deferred(model, sizes.tokens * (experts.shared_ffn // mesh.tp) * sizes.item)
+        kept += [sizes.tokens * sizes.hidden * sizes.item]
+    return kept

@@ -192,13 +192,13 @@ def stage_held(config: RunConfig, stages: Sequence[Range], schedule: Schedule, s
     """What one micro-batch keeps in one stage."""
     begin, end = stages[stage]
     first, last, residual = stage == 0, stage == len(stages) - 1, Sizes.of(config).residual
-    here = host = 0
-    for treatment in treatments(config.memory, stage, last, end - begin):
+    here = host = deferred = 0
+    for layer, treatment in enumerate(treatments(config.memory, stage, last, end - begin), begin):
         smallest = config.memory.offload_min_mb * MEBIBYTE if treatment.offload else math.inf
-        storages = activations.block(config, treatment.parts, device)
+        storages = activations.block(config, layer, treatment.parts, device)
         here += sum(size for size in storages if size < smallest)
         host += sum(size for size in storages if size >= smallest)
-    deferred = (end - begin) * sum(activations.block_deferred(config))
+        deferred += sum(activations.block_deferred(config, layer))
     if first:
         here += sum(activations.first(config))
     else:

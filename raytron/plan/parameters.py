@@ -79,7 +79,7 @@ def _layer(model: ModelConfig, index: int, tp: int) -> Iterator[Parameter]:
     yield from _norm(model, f"{name}.attention.norm")
     yield from _attention(model, f"{name}.attention", max(1, tp // model.num_kv_heads))
     yield from _norm(model, f"{name}.mlp.norm")
-    if has_experts(model, index):
+    if model.has_experts(index):
         yield from _mixture(model, f"{name}.mlp")
     else:
         yield from _feed_forward(model, f"{name}.mlp", model.ffn)
@@ -115,14 +115,8 @@ def _feed_forward(model: ModelConfig, name: str, width: int) -> Iterator[Paramet
         yield Parameter(f"{name}.down.bias", (model.hidden,))
 
 
-def has_experts(model: ModelConfig, index: int) -> bool:
-    """Whether layer `index` is a mixture of experts."""
-    after = index - model.experts.first_dense
-    return model.experts.count > 0 and after >= 0 and (after + 1) % model.experts.every == 0
-
-
 def _mixture(model: ModelConfig, name: str) -> Iterator[Parameter]:
-    experts, width = model.experts, model.experts.ffn or model.ffn
+    experts, width = model.experts, model.expert_ffn
     wide = (2, width) if model.gated else (width,)
     up, down = (experts.count, *wide, model.hidden), (experts.count, model.hidden, width)
     yield Parameter(f"{name}.router.weight", (experts.count, model.hidden))

@@ -41,6 +41,7 @@ from raytron.training.gather import StageWeights, blocks
 from raytron.training.microbatch import MicroBatch, micro_batches
 
 REQUEST_BITS = 8
+MEMORY = "memory_gb"  # GiB, of the fullest pipeline rank's device since the run began
 NORM = "norm "  # before the name of a layer
 
 
@@ -155,6 +156,7 @@ class Engine:
             **{f"request {bit}": float(request >> bit & 1) for bit in range(REQUEST_BITS)},
             **({} if self.canonical else self._squares(layer_norms)),
             **self.model.balance.measure(),
+            **self._memory(),
         }
 
     def result(self, sums: dict[str, float], sequences: int) -> StepResult:
@@ -171,7 +173,7 @@ class Engine:
             request=sum(1 << bit for bit in range(REQUEST_BITS) if sums[f"request {bit}"] > 0),
             layer_norms={key.removeprefix(NORM): norm for key, norm in norms.items() if key != NORM},
             noise=self._noise(sums, mend, sequences),
-            metrics={name: value for name, value in sums.items() if name.startswith(EXPERTS)},
+            metrics=_metrics(sums),
         )
 
     def update(self, lr: float, scale: float) -> None:
@@ -188,6 +190,14 @@ class Engine:
         """Starts to count the real tokens of a step over the ranks that hold others: a float64 scalar."""
         own = torch.tensor(float(self._tokens(batch)), dtype=torch.float64, device=self.mesh.device)
         return start_all_reduce(own, self.mesh.dense.every)
+
+    def _memory(self) -> dict[str, float]:
+        """GiB that the first rank of each pipeline coordinate had allocated at most, a key for each; nothing on a CPU."""
+        if self.mesh.device.type != "cuda":
+            return {}
+        here, coords = torch.cuda.max_memory_allocated(self.mesh.device) / 2**30, self.mesh.coords
+        speaks = not any((coords.dp, coords.cp, coords.tp))
+        return {f"{MEMORY} {pp}": here if speaks and pp == coords.pp else 0.0 for pp in range(self.mesh.shape.pp)}
 
     def _squares(self, by_layer: bool) -> dict[str, float]:
         """This rank's parts of squared gradient norms; the same keys on all ranks. Those that begin with NORM add up to the
@@ -282,3 +292,10 @@ class Engine:
         """The sums over all ranks of values under the same names."""
         vector = torch.tensor(list(values.values()), dtype=torch.float64, device=self.mesh.device)
         return dict(zip(values, all_reduce(vector, self.mesh.world).tolist(), strict=True))
+
+
+def _metrics(sums: dict[str, float]) -> dict[str, float]:
+    """What goes into a step's record under its own name."""
+    memory = [value for name, value in sums.items() if name.startswith(MEMORY)]
+    experts = {name: value for name, value in sums.items() if name.startswith(EXPERTS)}
+    return experts | ({MEMORY: max(memory)} if memory else {})

@@ -100,31 +100,36 @@ class _Ledger(TorchDispatchMode):
 
 
 class Meter:
-    """An engine's watch that looks after each action at what lives."""
+    """An engine's watch that looks after each action at what lives; active only while it measures."""
 
     def __init__(self) -> None:
+        self.active = False
         self._ledger: _Ledger | None = None
-        self._before: int | None = None  # allocated on the GPU
+        self._before = 0  # allocated on the GPU
         self._seen: list[tuple[str, int]] = []
 
-    def __call__(self, action: Action, start: float, end: float) -> None:
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def saw(self, action: Action, start: float, end: float) -> None:
         if self._ledger is not None:
             time.sleep(SETTLE_S)
             self._seen.append((str(action), self._ledger.living()))
-        elif self._before is not None:
+        else:
             self._seen.append((str(action), torch.cuda.memory_allocated() - self._before))
 
     def measure(self, engine: Engine, batch: Batch) -> Kept:
         """What `forward_backward` of a batch keeps; this meter must be the engine's watch."""
-        self._seen = []
-        if engine.mesh.device.type == "cuda":
-            return self._on_gpu(engine, batch)
-        self._ledger = _Ledger()
+        self._seen, self.active = [], True
         try:
-            with self._ledger:
-                engine.forward_backward(batch)
+            return self._on_gpu(engine, batch) if engine.mesh.device.type == "cuda" else self._on_cpu(engine, batch)
         finally:
-            self._ledger = None
+            self.active, self._ledger = False, None
+
+    def _on_cpu(self, engine: Engine, batch: Batch) -> Kept:
+        self._ledger = _Ledger()
+        with self._ledger:
+            engine.forward_backward(batch)
         return Kept(tuple(self._seen), None)
 
     def _on_gpu(self, engine: Engine, batch: Batch) -> Kept:
@@ -133,5 +138,4 @@ class Meter:
         torch.cuda.reset_peak_memory_stats()
         self._before = torch.cuda.memory_allocated()
         engine.forward_backward(batch)
-        peak, self._before = torch.cuda.max_memory_allocated() - self._before, None
-        return Kept(tuple(self._seen), peak)
+        return Kept(tuple(self._seen), torch.cuda.max_memory_allocated() - self._before)

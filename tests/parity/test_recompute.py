@@ -12,7 +12,7 @@ import functools
 import pytest
 import torch
 from harness import check_equal, run_mesh
-from models import tiny
+from models import LLAMA, tiny
 
 FULL = {"memory.recompute": "full"}
 EVERY_SECOND = {**FULL, "memory.recompute_every": 2}
@@ -27,6 +27,8 @@ MESHES = {
     "sp": {"mesh.tp": 2},
     "pp-zb": {"mesh.pp": 2, "pipeline.schedule": "zb-h1"},
     "zero2": {"mesh.dp": 2, "data_parallel.zero": 2, "pipeline.schedule": "zb-h1", "mesh.pp": 2},
+    "zero3": {"mesh.dp": 2, "data_parallel.zero": 3},
+    "cp": {"mesh.cp": 4, "mesh.cp_all_to_all": 2},
 }
 
 
@@ -71,6 +73,17 @@ TWINS = {
 @pytest.mark.parametrize("config", list(TWINS.values()), ids=list(TWINS))
 def test_equal_to_one_device(world, config):
     check_equal(world, config, 10)
+
+
+@pytest.mark.parametrize("memory", [FULL, {**SELECTIVE, **OFFLOAD}], ids=["full", "selective"])
+def test_experts(world, memory):
+    """Tokens go to the same experts when a block runs again, and are counted once."""
+    experts = {"count": 4, "top_k": 2, "ffn": 24, "aux_loss": 0.01, "bias_rate": 0.01, "capacity_factor": 1.2}
+    model = {**LLAMA, "layers": 2, "norm": "layernorm", "experts": experts}
+    mesh = {"mesh.dp": 2, "mesh.ep": 2, "pipeline.schedule": "zb-h1"}
+    mine, truth = run_mesh(world, tiny(model, **mesh, **memory), 3), run_mesh(world, tiny(model, **mesh), 3)
+    assert mine.losses == pytest.approx(truth.losses, rel=1e-6)
+    assert furthest(mine.gradients, truth.gradients) < 1e-6
 
 
 def test_bf16_is_equal_to_the_bit(world):
