@@ -120,7 +120,7 @@ def qwen3_30b_a3b_16xh100() -> RunConfig:
     )
     mesh = MeshConfig(dp=16, ep=16)
     config = _run("qwen3_30b_a3b_16xh100", model, mesh, sequence_length=4096, global_batch_size=1024, gpu=True)
-    return config.replace(**{"memory.recompute": "selective"})
+    return config.replace(**{"memory.recompute": "full"})
 
 
 def deepseek_v3_shaped_1024xh100() -> RunConfig:
