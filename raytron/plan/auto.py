@@ -5,17 +5,18 @@ than one model chunk on a rank are tried with 2, 3, 4, 6 and 8 chunks, as far as
 given (`split` or `layout`) say how many there are. Each is cut, generated, simulated and weighed on its own:
 
     1   what does not fit in the memory of a device is out (`pipeline.memory_gb`, else 90 % of what the cluster has)
-    2   the shortest makespan wins
+    2   the shortest makespan (or own span, see below) wins
     3   of those within 1 % of it, the one that needs the least memory, then the one with the fewest chunks
 
-Costs are FLOPs, or the times that a run has measured; a Choice says which. The makespan counts, not the span of a single
-rank, since the optimizer's gradient norm lets every rank wait for the last one.
+Costs are FLOPs, or the times that a run has measured; a Choice says which. Where every rank updates at once
+(`optimizer.at_once`) the longest span of a single rank counts in place of the makespan: what a rank idles before its first
+action it can spend on the last ones of the step before. Else the gradient norm lets every rank wait for the last one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raytron.config import SCHEDULE_CHUNKS, RunConfig
 from raytron.errors import ConfigError, Problem
@@ -59,6 +60,11 @@ class Choice:
     candidates: tuple[Candidate, ...]
     limit: int | None
     source: str
+    by_own_span: bool = False
+
+    def length(self, candidate: Candidate) -> float:
+        """What a step takes with a candidate."""
+        return candidate.own_span if self.by_own_span else candidate.makespan
 
     @property
     def best(self) -> Candidate:
@@ -109,13 +115,17 @@ def choose(
         what = f"no schedule fits in {draw.size(limit)}: {least} needs the least, {draw.size(least.bytes)}"
         remedy = "use more ranks (mesh.pp, mesh.tp), memory.recompute, or a smaller micro_batch_size"
         raise ConfigError([Problem("pipeline.memory_gb", what, remedy)])
-    fastest = min(item.makespan for item in fits)
-    near = [item for item in fits if item.makespan <= fastest * (1 + ALIKE)]
-    best = min(near, key=lambda item: (item.bytes, item.chunks, item.makespan))
-    others = sorted((item for item in tried if item is not best), key=lambda item: item.makespan)
-    said = [_said(item, best, limit, item in near) for item in others]
     source = "FLOPs" if times is None else str(times)
-    return Choice((best, *said, *illegal), limit, source)
+    choice = Choice((), limit, source, config.optimizer.at_once)
+    fastest = min(map(choice.length, fits))
+    near = [item for item in fits if choice.length(item) <= fastest * (1 + ALIKE)]
+    best = min(near, key=lambda item: (item.bytes, item.chunks, choice.length(item)))
+    others = sorted((item for item in tried if item is not best), key=choice.length)
+    said = []
+    for item in others:
+        slower = choice.length(item) / choice.length(best) - 1
+        said.append(replace(item, why_not=_why_not(item, best, limit, item in near, slower)))
+    return replace(choice, candidates=(best, *said, *illegal))
 
 
 def resolved(config: RunConfig, name: str, chunks: int) -> RunConfig:
@@ -152,15 +162,13 @@ def _measure(config: RunConfig, times: Times | None) -> Candidate:
     )
 
 
-def _said(item: Candidate, best: Candidate, limit: int | None, near: bool) -> Candidate:
-    """A candidate with the reason why it was not chosen."""
+def _why_not(item: Candidate, best: Candidate, limit: int | None, near: bool, slower: float) -> str:
+    """Why a candidate was not chosen."""
     if limit is not None and item.bytes > limit:
-        why = f"needs {draw.size(item.bytes)}"
-    elif near:
-        why = "as fast, " + ("more memory" if item.bytes > best.bytes else "no less memory")
-    else:
-        why = f"{100 * (item.makespan / best.makespan - 1):.1f} % slower"
-    return Candidate(item.name, item.chunks, item.makespan, item.own_span, item.bubble, item.live, item.bytes, why)
+        return f"needs {draw.size(item.bytes)}"
+    if near:
+        return "as fast, " + ("more memory" if item.bytes > best.bytes else "no less memory")
+    return f"{100 * slower:.1f} % slower"
 
 
 def _row(item: Candidate) -> list[str]:

@@ -17,73 +17,42 @@ ends of the pipeline at once and so holds the parameters twice; it is not here: 
 
 from __future__ import annotations
 
-from collections import deque
-
 from raytron.errors import ScheduleError
-from raytron.plan.actions import Action, Op, Row, Schedule, v_shape
+from raytron.plan.actions import Row, Schedule, v_shape
+from raytron.plan.v_row import VRow
 
 
 def dualpipe_v(pp: int, microbatches: int) -> Schedule:
     """The schedule of `pp` ranks with two stages each. Raises ScheduleError for less than 2·pp micro-batches."""
     if microbatches < 2 * pp:
         raise ScheduleError(f"dualpipe-v needs at least {2 * pp} micro-batches on {pp} ranks, not {microbatches}")
-    rows = tuple(_Writer(rank, pp).row(microbatches) for rank in range(pp))
+    rows = tuple(_dualpipe_row(VRow(rank, pp), microbatches) for rank in range(pp))
     return Schedule("dualpipe-v", rows, v_shape(pp), microbatches)
 
 
-class _Writer:
-    """Writes the row of one rank; micro-batches of each chunk and kind come in order."""
-
-    def __init__(self, rank: int, pp: int):
-        self.rank, self.pp = rank, pp
-        self.stages = (rank, 2 * pp - 1 - rank)
-        self.actions: list[Action] = []
-        self.count = {(op, chunk): 0 for op in Op for chunk in (0, 1)}
-        self.put_off: deque[Action] = deque()
-
-    def row(self, microbatches: int) -> Row:
-        after, here = self.pp - 1 - self.rank, self.rank + 1
-        for _ in range(2 * after):
-            self.forward(0)
-        for _ in range(here):
-            self.forward(0)
-            self.forward(1)
-        for _ in range(after):
-            self.backward(1, split=True)
-            self.weights()
-            self.forward(1)
-        for _ in range(microbatches - 2 * self.pp + here):
-            self.forward(0)
-            self.backward(1)
-            self.forward(1)
-            self.backward(0)
-        for _ in range(after):
-            self.backward(1)
-            self.forward(1)
-            self.backward(0)
-        for turn in range(2 * here):
-            self.backward(1 - turn % 2, split=turn >= here)
-        for _ in range(after):
-            self.weights()
-            self.backward(0, split=True)
-        while self.put_off:
-            self.weights()
-        return tuple(self.actions)
-
-    def forward(self, chunk: int) -> None:
-        self.actions.append(self._next(Op.F, chunk))
-
-    def backward(self, chunk: int, split: bool = False) -> None:
-        action = self._next(Op.B, chunk)
-        if split:
-            self.put_off.append(action._replace(op=Op.W))
-            action = action._replace(op=Op.I)
-        self.actions.append(action)
-
-    def weights(self) -> None:
-        self.actions.append(self.put_off.popleft())
-
-    def _next(self, op: Op, chunk: int) -> Action:
-        number = self.count[op, chunk]
-        self.count[op, chunk] += 1
-        return Action(op, self.stages[chunk], number)
+def _dualpipe_row(row: VRow, microbatches: int) -> Row:
+    after, here = row.pp - 1 - row.rank, row.rank + 1
+    for _ in range(2 * after):
+        row.forward(0)
+    for _ in range(here):
+        row.forward(0)
+        row.forward(1)
+    for _ in range(after):
+        row.backward(1, split=True)
+        row.weights()
+        row.forward(1)
+    for _ in range(microbatches - 2 * row.pp + here):
+        row.forward(0)
+        row.backward(1)
+        row.forward(1)
+        row.backward(0)
+    for _ in range(after):
+        row.backward(1)
+        row.forward(1)
+        row.backward(0)
+    for turn in range(2 * here):
+        row.backward(1 - turn % 2, split=turn >= here)
+    for _ in range(after):
+        row.weights()
+        row.backward(0, split=True)
+    return row.finished()

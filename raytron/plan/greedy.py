@@ -20,7 +20,7 @@ briefly: all ranks need equal memory, which the limit can then trade for idle ti
 For v-half and v-min there is also a pattern for one micro-batch, repeated every 6 units of time, in which nothing collides:
 forwards and input gradients are then taken in this order, and W in between. The best of a few ways to play, by makespan
 with the given costs and then by the idle time within a rank's own span, is the schedule; the more actions there are, the
-fewer ways are tried, on fewer micro-batches.
+fewer ways are tried, on fewer micro-batches. ZB-V can also be written down (`v_row`), and the better of the two is taken.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from typing import NamedTuple
 
 from raytron.plan.actions import Action, Op, Row, Schedule, round_robin, v_shape
 from raytron.plan.cost import UNIT, Cost
+from raytron.plan.simulate import simulate
+from raytron.plan.v_row import zb_v_as_written
 
 BUDGET = 60_000  # actions of all ways that are tried
 EPSILON = 1e-9  # of the longest action: what starts within it starts at once
@@ -68,8 +70,13 @@ def interleaved_zb(pp: int, virtual_stages: int, microbatches: int, cost: Cost =
 
 def zb_v(pp: int, microbatches: int, cost: Cost = UNIT) -> Schedule:
     """No rank idles between its first action and its last where F = I = W; as much memory as 1F1B."""
+    written = zb_v_as_written(pp, microbatches)
+    table = cost.table(2 * pp)
+    if written is not None and len({*table[Op.F], *table[Op.I], *table[Op.W]}) == 1:
+        return written  # nothing is better
     ways = list(_v_ways(pp, 2 * pp))
-    return _best("zb-v", v_shape(pp), microbatches, cost, lambda count: ways)
+    played = _best("zb-v", v_shape(pp), microbatches, cost, lambda count: ways)
+    return played if written is None else min((written, played), key=lambda made: _spans(made, cost))
 
 
 def v_half(pp: int, microbatches: int, cost: Cost = UNIT) -> Schedule:
@@ -107,6 +114,12 @@ def _best(
     game = _Game(rank_of, microbatches, cost, all_ways[chosen])
     game.play()
     return Schedule(name, tuple(map(tuple, game.rows)), rank_of, microbatches)
+
+
+def _spans(schedule: Schedule, cost: Cost) -> tuple[float, float]:
+    """Makespan and own span, rounded: what schedules are compared by."""
+    line = simulate(schedule, cost)
+    return round(line.makespan, 6), round(line.own_span, 6)
 
 
 def _v_ways(pp: int, total: int) -> Iterator[Way]:

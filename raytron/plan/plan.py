@@ -164,7 +164,7 @@ def replan(plan: Plan, times: Times, report: Callable[[str], None] | None = None
     assert other.choice is not None
     was, best = plan.choice.best, other.choice.best
     now = next(item for item in other.choice.candidates if (item.name, item.chunks) == (was.name, was.chunks))
-    gain = 1 - best.makespan / now.makespan
+    gain = 1 - other.choice.length(best) / other.choice.length(now)
     if best is now or gain < SWITCH:
         return plan, f"{was} stays: by {times}, {best} would be {100 * max(0.0, gain):.1f} % faster"
     return other, f"{best} after {was}: {100 * gain:.1f} % faster by {times}"

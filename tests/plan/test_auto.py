@@ -71,6 +71,13 @@ def test_a_plan_holds_its_choice_and_a_bound_of_its_own():
     assert on_gpus.choice.limit == 72_000_000_000
 
 
+def test_without_a_wait_for_the_norm_the_own_span_counts():
+    choice = choose(AUTO.replace(**{"optimizer.at_once": True, "optimizer.clip_norm": None}))
+    fastest = min(item.own_span for item in choice.candidates)
+    assert choice.best.own_span <= fastest * 1.01
+    assert "own span of" in str(choice)
+
+
 def test_what_is_given_bounds_what_is_tried():
     assert {item.chunks for item in choose(AUTO.replace(**{"pipeline.virtual_stages": 2})).candidates} == {2}
     given = choose(AUTO.replace(**{"pipeline.layout": "Et|(t*2|)*6t*3L"}))

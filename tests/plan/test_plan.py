@@ -1,5 +1,6 @@
 """make_plan: what it decides, what it refuses, and that it is quick, small and one page."""
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raytron import presets
-from raytron.config import RunConfig
+from raytron.config import SCHEDULE_CHUNKS, RunConfig
 from raytron.errors import ConfigError
 from raytron.plan import draw
 from raytron.plan.cluster import on_paper
@@ -116,11 +117,19 @@ def test_a_large_drawing_is_cut_and_says_so():
     assert "rank 31" in text
 
 
-def test_svg_is_xml_with_every_action():
-    schedule = interleaved(2, 2, 4)
+@pytest.mark.parametrize("name", [name for name in SCHEDULE_CHUNKS if name != "auto"])
+def test_every_schedule_is_drawn_whole(name):
+    """As SVG with every action in its place, none over another; as text with every action of every rank."""
+    schedule = generate(name, 2, SCHEDULE_CHUNKS[name][0], 4)
     root = ElementTree.fromstring(schedule_svg(schedule))
-    titles = [item.text for item in root.iter("{http://www.w3.org/2000/svg}title")]
+    space = "{http://www.w3.org/2000/svg}"
+    titles = [item.text for item in root.iter(f"{space}title")]
     assert sorted(titles) == sorted(str(action) for row in schedule.rows for action in row)
+    boxes = [(float(b.get("y")), float(b.get("x")), float(b.get("width"))) for b in root.iter(f"{space}rect")]
+    for (y, x, width), (below, right, _) in itertools.pairwise(sorted(boxes)):
+        assert y < below or x + width <= right
+    for row, line in zip(schedule.rows, schedule_text(schedule, columns=400).splitlines(), strict=False):
+        assert sum(letter.isalpha() for letter in line.split("│")[1]) == len(row)
 
 
 def test_small_drawings():

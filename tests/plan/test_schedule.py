@@ -143,6 +143,14 @@ def test_interleaving_divides_the_bubble(pp, v, groups, f):
             assert max(line.peak_at_weight_grad) == pp * v + pp - 1
 
 
+@given(pp=st.integers(2, 8), more=st.integers(0, 12), f=times)
+def test_zb_v_has_no_bubble_but_its_start(pp, more, f):
+    line = simulate(generate("zb-v", pp, 2, 2 * pp - 1 + more), Cost(f / 2, f / 2, f / 2))
+    assert line.own_span_bubble_time == pytest.approx(0, abs=1e-6)
+    assert line.bubble_time == pytest.approx((pp - 1) * f / 2)
+    assert line.own_span == pytest.approx(line.makespan - line.bubble_time)
+
+
 @pytest.mark.parametrize("pp", [2, 3, 4, 5, 6, 7, 8, 12, 16])
 def test_vs_trade_memory_for_idle_time(pp):
     """With F = I = W: zb-v idles for its start-up alone, v-half for half as long as 1f1b, v-min for two thirds."""
@@ -288,6 +296,14 @@ def test_weighted_peak_counts_bytes():
     row = generate("1f1b", 2, 1, 4).rows[0]
     assert peak(row) == 2
     assert peak(row, weight=(10.0, 1.0)) == 20
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_large_schedule_takes_a_second(name):
+    """32 ranks and 256 micro-batches, generated and simulated."""
+    start = time.process_time()
+    simulate(generate(name, 32, SCHEDULE_CHUNKS[name][0], 256))
+    assert time.process_time() - start < 3  # about a third of it on a machine that has nothing else to do
 
 
 def test_simulation_is_linear():
