@@ -73,10 +73,10 @@ class Choice:
     def __str__(self) -> str:
         tried = [candidate for candidate in self.candidates if candidate.makespan]
         bound = "without a memory bound" if self.limit is None else f"within {draw.size(self.limit)} on a device"
-        fastest = min(candidate.makespan for candidate in tried if not candidate.why_not.startswith("needs"))
-        why = (
-            "the shortest makespan" if self.best.makespan == fastest else "the least memory within 1 % of the shortest"
-        )
+        fitting = [candidate for candidate in tried if not candidate.why_not.startswith("needs")]
+        what = "own span" if self.by_own_span else "makespan"
+        shortest = self.length(self.best) == min(map(self.length, fitting))
+        why = f"the shortest {what}" if shortest else f"the least memory within 1 % of the shortest {what}"
         head = f"auto      {self.best}: {why} of {len(tried)} legal schedules {bound}, by {self.source}"
         shown = {candidate.name: candidate for candidate in reversed(self.candidates)}  # the best of each name
         rows = [_row(candidate) for candidate in self.candidates if shown[candidate.name] is candidate]
