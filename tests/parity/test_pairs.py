@@ -11,6 +11,7 @@ import functools
 import itertools
 from typing import Any
 
+import pytest
 from harness import bare, check_equal, run_mesh, run_twin
 
 from raytron.plan.compatibility import CHOICES, Choice, answer, together
@@ -19,6 +20,7 @@ from raytron.rules import problems
 
 MAX_RANKS = 8
 STEPS = 4
+MANY = 15  # a case of fewer choices is for `pytest -m slow`
 ROUNDING = {"bf16", "fp16", "bf16 reduction", "bf16 moments", "stochastic rounding"}
 Pair = frozenset[str]
 
@@ -66,7 +68,14 @@ def filled(case: list[Choice], waiting: set[Pair], rounding: bool) -> list[Choic
 
 def pytest_generate_tests(metafunc: Any) -> None:
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", cases(), ids=lambda case: f"{len(case)}-{case[0].name}-{case[1].name}")
+        marked = [
+            pytest.param(case, marks=[pytest.mark.slow] * (len(case) < MANY), id=name_of(case)) for case in cases()
+        ]
+        metafunc.parametrize("case", marked)
+
+
+def name_of(case: tuple[Choice, ...]) -> str:
+    return f"{len(case)}-{case[0].name}-{case[1].name}"
 
 
 def test_pair(world, case):
