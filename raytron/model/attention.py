@@ -79,7 +79,7 @@ class Attention(nn.Module):
         dropout = None
         if context.training and self.model.attention_dropout > 0:
             dropout = partial(self._keep, context.samples)
-        return self.context_parallel.attend(q, k, v, context.tiles, dropout)
+        return self.context_parallel.attend(q, k, v, context.seen, dropout)
 
     def _keep(self, samples: Tensor, tile: Tile, queries: Tensor, keys: Tensor) -> Tensor:
         """(rows,H,height,width): dropout of a tile's probabilities, keyed by sample, head and both positions."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from raytron.parallel.context import Tiles
+from raytron.parallel.context import Seen
 from raytron.parallel.random import dropout_mask
 from raytron.parallel.recompute import EVERYTHING, Keep
 
@@ -29,7 +29,7 @@ class Context(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None  # cosines and sines of the rank's tokens, (S / cp, 1 or B, 1, head_dim / 2)
     positions: Tensor  # (s,) int64: in the sequence
     places: Tensor  # (s,) or (s,B) int64: in the document
-    tiles: Tiles  # what the rank's queries see, in each step of the ring
+    seen: Seen  # what the rank's queries see of the keys that come by
     training: bool  # whether dropout applies
     keep: Keep = EVERYTHING  # how the block of the moment keeps what its backward needs
 

@@ -83,8 +83,8 @@ class Stage(nn.Module):
             places = documents.positions.t()
             rotary = self._rotary(places)
         starts = None if documents is None else documents.starts
-        tiles = self.context_parallel.tiles(length, len(samples), self.model.window, starts)
-        return Context(samples, rotary, self._share(positions), self._share(places), tiles, training)
+        seen = self.context_parallel.seen(length, len(samples), self.model.window, starts)
+        return Context(samples, rotary, self._share(positions), self._share(places), seen, training)
 
     def _rotary(self, places: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines of places (S,) or (S,B), where the model turns by them."""

@@ -12,6 +12,9 @@ follow them one step behind, until they are home.
     step          0     1     2     3                each rank computes on the block that stands there,
     rank 0        kv0   kv3   kv2   kv1              while the next one is on its way
 
+Blocks leap the steps in which no rank sees anything of them: with short documents or a narrow window only neighbouring
+chunks meet, which lie on neighbouring ranks.
+
 All-to-all (Ulysses; Jacobs et al., arXiv 2309.14509) cuts a ring rank's share again in A neighbouring parts, and around
 attention exchanges sequence for heads, (s, H) → (A·s, H/A), and back. Both together are the hybrid (USP; Fang and Zhao,
 arXiv 2405.07719): cp = R · A. Only KV heads travel; fewer than A of them are repeated for the exchange.
@@ -23,8 +26,9 @@ h head_dim.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,9 +39,15 @@ from raytron.kernels.tiles import Span, Tile, tiles
 from raytron.parallel.collectives import Wait, all_to_all
 from raytron.parallel.mesh import Group, Mesh
 
-Tiles = tuple[tuple[Tile, ...], ...]  # by ring step: what of the block that came the queries of this rank see
 Dropout = Callable[[Tile, Tensor, Tensor], Tensor]  # a tile and the positions of all its block's queries and keys
 ALONE = Group((0,), 0)
+
+
+class Seen(NamedTuple):
+    """What of the blocks of keys that come by the queries of a rank see."""
+
+    steps: tuple[int, ...]  # how far round the ring a block has come, ascending from 0; the same on all ranks
+    tiles: tuple[tuple[Tile, ...], ...]  # in each of these steps
 
 
 def spans(length: int, ring: int, index: int) -> tuple[Span, ...]:
@@ -50,12 +60,38 @@ def spans(length: int, ring: int, index: int) -> tuple[Span, ...]:
     return Span(index * chunk, 0, chunk), Span(late * chunk, chunk, chunk)
 
 
+def steps(length: int, ring: int, window: int | None, starts: Sequence[Sequence[int]] | None) -> tuple[int, ...]:
+    """The steps, ascending from 0, in which some rank of a ring sees something of the block that stands there."""
+    found = {0}
+    for begins in starts or ((0,),):
+        for first, stop in pairwise((*begins, length)):
+            if len(found) < ring:
+                found |= _steps_of(first, stop, length // (2 * ring), ring, window)
+    return tuple(sorted(found))
+
+
+def _steps_of(first: int, stop: int, chunk: int, ring: int, window: int | None) -> set[int]:
+    """Those in which chunks meet that have tokens of one document, at positions [first, stop)."""
+    found: set[int] = set()
+    for late in range(first // chunk + 1, (stop - 1) // chunk + 1):
+        for early in range(late - 1, first // chunk - 1, -1):
+            between = (late - early - 1) * chunk  # tokens between the chunks
+            if len(found) == ring or (window is not None and between + 1 >= window):
+                break
+            found.add((_holder(late, ring) - _holder(early, ring)) % ring)
+    return found
+
+
+def _holder(chunk: int, ring: int) -> int:
+    return min(chunk, 2 * ring - 1 - chunk)
+
+
 class ContextParallel:
     """Where a rank stands on the ring and in its all-to-all group, and how attention runs over both."""
 
     def __init__(self, ring: Group = ALONE, all_to_all: Group = ALONE):
         self.ring, self.all_to_all = ring, all_to_all
-        self._cached = functools.lru_cache(8)(self._tiles)
+        self._cached = functools.lru_cache(8)(self._seen)
 
     @classmethod
     def of(cls, mesh: Mesh) -> ContextParallel:
@@ -75,37 +111,39 @@ class ContextParallel:
             self.all_to_all.index
         ]
 
-    def tiles(self, length: int, rows: int, window: int | None, starts: Sequence[Sequence[int]] | None = None) -> Tiles:
-        """What this rank's queries see of each block of keys, in a micro-batch of `rows` sequences of `length` tokens;
+    def seen(self, length: int, rows: int, window: int | None, starts: Sequence[Sequence[int]] | None = None) -> Seen:
+        """What this rank's queries see, in a micro-batch of `rows` sequences of `length` tokens;
         `starts`: of each sequence's documents, None for one document."""
-        return self._cached(length, rows, window) if starts is None else self._tiles(length, rows, window, starts)
+        return self._cached(length, rows, window) if starts is None else self._seen(length, rows, window, starts)
 
-    def _tiles(
-        self, length: int, rows: int, window: int | None, starts: Sequence[Sequence[int]] | None = None
-    ) -> Tiles:
-        mine = spans(length, self.ring.size, self.ring.index)
-        owners = (self.owner(step) for step in range(self.ring.size))
-        return tuple(tiles(mine, spans(length, self.ring.size, owner), rows, window, starts) for owner in owners)
+    def _seen(self, length: int, rows: int, window: int | None, starts: Sequence[Sequence[int]] | None = None) -> Seen:
+        ring = self.ring.size
+        mine = spans(length, ring, self.ring.index)
+        taken = steps(length, ring, window, starts)
+        owners = (self.owner(step) for step in taken)
+        return Seen(taken, tuple(tiles(mine, spans(length, ring, owner), rows, window, starts) for owner in owners))
 
     def owner(self, step: int) -> int:
         """The ring position whose keys are here in a step."""
         return (self.ring.index - step) % self.ring.size
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tiles, dropout: Dropout | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, dropout: Dropout | None = None) -> Tensor:
         """q (s,B,H,h), k and v (s,B,KV,h) -> (s,B,H,h): causal attention over the whole sequence.
 
-        seen: from `tiles`. dropout: gives what multiplies the probabilities of a tile, of the heads [i · H/A, (i+1) · H/A)
-        where i is this rank's place in the all-to-all group.
+        seen: of this rank, from the method of that name. dropout: gives what multiplies the probabilities of a tile, of the
+        heads [i · H/A, (i+1) · H/A) where i is this rank's place in the all-to-all group.
         """
         q, k, v = _heads_for_sequence(q, k, v, self.all_to_all)
         heads_first = [x.permute(1, 2, 0, 3) for x in (q, k, v)]  # without a copy
-        if self.ring.size == 1 and dropout is None and len(seen[0]) == 1 and seen[0][0].square:
+        whole = self.ring.size == 1 and len(seen.tiles[0]) == 1 and seen.tiles[0][0].square
+        if whole and dropout is None:
             mixed = causal_attention(*heads_first)
         else:
             mixed = _RingAttention.apply(*heads_first, self, seen, dropout)  # type: ignore[no-untyped-call]
         return _sequence_for_heads(mixed.permute(2, 0, 1, 3), self.all_to_all)
 
 
+@functools.lru_cache(8)
 def ring_positions(length: int, ring: int, index: int) -> Tensor:
     """(r,) int64: the positions that a ring position holds."""
     return torch.cat([torch.arange(span.position, span.end) for span in spans(length, ring, index)])
@@ -116,13 +154,13 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, context: ContextParallel, seen: Tiles, dropout: Dropout | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, context: ContextParallel, seen: Seen, dropout: Dropout | None
     ) -> Tensor:
         total = _zeros_like(q)
         lse = torch.full(q.shape[:3], -torch.inf, device=q.device)
         block = _stacked(k, v, context)
-        for step, part in enumerate(seen):
-            arrives = _pass_on(block, context.ring) if step + 1 < len(seen) else None
+        for step, after, part in _rounds(seen, context):
+            arrives = _pass_on(block, context.ring, after - step) if after < context.ring.size else None
             add_attention(total, lse, q, block[0], block[1], part, _keep(context, step, q, dropout))
             block = block if arrives is None else arrives()
         out = total.to(q.dtype)
@@ -136,18 +174,23 @@ class _RingAttention(torch.autograd.Function):
         context, seen = ctx.context, ctx.seen
         dq, block = _zeros_like(q), _stacked(k, v, context)
         gradients_arrive: Wait | None = None
-        for step, part in enumerate(seen):
-            arrives = _pass_on(block, context.ring) if step + 1 < len(seen) else None
+        for step, after, part in _rounds(seen, context):
+            arrives = _pass_on(block, context.ring, after - step) if after < context.ring.size else None
             own = torch.zeros((2, *k.shape), device=k.device)
             keep = _keep(context, step, q, ctx.dropout)
             add_gradients((dq, own[0], own[1]), dout, q, block[0], block[1], out, lse, part, keep)
             if gradients_arrive is not None:
                 own += gradients_arrive()
-            gradients_arrive = _pass_on(own, context.ring)
+            gradients_arrive = _pass_on(own, context.ring, after - step)
             block = block if arrives is None else arrives()
         assert gradients_arrive is not None
         dk, dv = gradients_arrive().to(k.dtype).unbind(0)
         return dq.to(q.dtype), dk, dv, None, None, None
+
+
+def _rounds(seen: Seen, context: ContextParallel) -> Iterator[tuple[int, int, tuple[Tile, ...]]]:
+    """Each step, the one after it (in the end, back home), and what is seen in it."""
+    yield from zip(seen.steps, (*seen.steps[1:], context.ring.size), seen.tiles, strict=True)
 
 
 def _zeros_like(q: Tensor) -> Tensor:
@@ -170,16 +213,17 @@ def _keep(context: ContextParallel, step: int, q: Tensor, dropout: Dropout | Non
     return lambda tile: dropout(tile, queries, keys)
 
 
-def _pass_on(x: Tensor | tuple[Tensor, Tensor], ring: Group) -> Wait:
-    """Starts sending `x` to the next rank of the ring and receiving what the one before has; the wait gives the latter.
+def _pass_on(x: Tensor | tuple[Tensor, Tensor], ring: Group, leap: int) -> Wait:
+    """Starts sending `x` to the rank `leap` steps on in the ring and receiving from the one as far before; the wait gives
+    what came.
 
     Both go in one batch, so that NCCL cannot deadlock (its transfers block each other when they are issued one by one).
     Not run on NCCL yet.
     """
     assert isinstance(x, Tensor)
-    if ring.size == 1:
+    if leap % ring.size == 0:
         return lambda: x
-    after, before = (ring.ranks[(ring.index + way) % ring.size] for way in (1, -1))
+    after, before = (ring.ranks[(ring.index + way) % ring.size] for way in (leap, -leap))
     came = torch.empty_like(x)
     group = ring.process_group
     transfers = [dist.P2POp(dist.isend, x, after, group), dist.P2POp(dist.irecv, came, before, group)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from raytron.kernels.attention import reference, seen_by
-from raytron.kernels.tiles import Span
-from raytron.parallel.context import ContextParallel, spans
+from raytron.kernels.tiles import Span, tiles
+from raytron.parallel.context import ContextParallel, spans, steps
 from raytron.parallel.mesh import Mesh
 from raytron.plan.mesh import MeshShape
 
@@ -55,7 +55,7 @@ def one_rank(rank, ring, parts):
     for kv_heads, window, starts, dropped in CASES:
         q, k, v, dout = (x[at] for x in tensors(kv_heads))
         x = [t.requires_grad_() for t in (q, k, v)]
-        seen = context.tiles(LENGTH, ROWS, window, starts)
+        seen = context.seen(LENGTH, ROWS, window, starts)
         y = context.attend(*x, seen, dropout if dropped else None)
         grads = torch.autograd.grad(y, x, dout)
         out.append([t.detach().numpy() for t in (y, *grads)])
@@ -87,3 +87,17 @@ def test_neighbouring_chunks_are_one_run():
     assert spans(48, 1, 0) == (Span(0, 0, 48),)
     assert spans(48, 2, 1) == (Span(12, 0, 24),)
     assert spans(48, 2, 0) == (Span(0, 0, 12), Span(36, 12, 12))
+
+
+@pytest.mark.parametrize("ring", [1, 2, 3, 6])
+@pytest.mark.parametrize("window", [None, 1, 2, 9, 30, 60])
+@pytest.mark.parametrize("starts", [None, ((0, 17, 18), (0, 40)), (range(0, 72, 12), range(0, 72, 6))], ids=str)
+def test_steps_are_those_in_which_a_rank_sees_something(ring, window, starts):
+    length, rows = 72, 2
+    held = [spans(length, ring, index) for index in range(ring)]
+    expected = [
+        step
+        for step in range(ring)
+        if any(tiles(held[rank], held[(rank - step) % ring], rows, window, starts) for rank in range(ring))
+    ]
+    assert steps(length, ring, window, starts) == tuple(expected)
