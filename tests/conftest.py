@@ -18,7 +18,7 @@ settings.load_profile("raytron")
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
     """A pool of ranks that each test re-meshes: `world.run(4, function, *arguments)`."""
-    with World() as pool:
+    with World(timeout_s=180) as pool:
         yield pool
 
 
