@@ -53,6 +53,8 @@ def assemble(plan: Plan, mesh: Mesh) -> Assembly:
     dtype = DTYPES[config.precision.dtype]
     parallel = TensorParallel(mesh.tp, config.mesh.sequence_parallel)
     context_parallel = ContextParallel.of(mesh)
+    copies = max(1, mesh.tp.size // config.model.num_kv_heads)
+    mesh.neighbours(copies)  # the holders of a KV head: made by all ranks, also those without a layer
     experts = ExpertParallel(mesh, config.mesh) if config.model.experts.count else None
     build = Builder(
         parallel, context_parallel, mesh.place, config.seed, dtype, mesh.device, experts, partial(_shed, config, mesh)

@@ -280,9 +280,8 @@ class GradientBuckets:
         place, out = self.mesh.place, []
         partial = [owned for owned in self.owned if owned.param.cut.partial]
         for run in sorted({owned.param.cut.holders(place) for owned in partial} - {1}):
-            first = self.mesh.coords.tp // run * run
             shares = [owned.gradient for owned in partial if owned.param.cut.holders(place) == run]
-            out.append((shares, self.mesh.group(self.mesh.tp.ranks[first : first + run])))
+            out.append((shares, self.mesh.neighbours(run)))
         if self.tied is not None:
             param, copies = self.tied
             out.append(([owned.gradient for owned in self.owned if owned.param is param], copies))

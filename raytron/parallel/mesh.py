@@ -112,6 +112,11 @@ class Mesh:
             self._groups[ranks] = made
         return self._groups[ranks]
 
+    def neighbours(self, run: int) -> Group:
+        """The run of this many neighbouring tp ranks that this one is among: holders of the same slice."""
+        first = self.coords.tp // run * run
+        return self.group(self.tp.ranks[first : first + run])
+
     def new_process_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         """A process group of its own, that shares nothing with others over the same ranks."""
         made = dist.new_group(list(ranks), use_local_synchronization=True)

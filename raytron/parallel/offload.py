@@ -66,6 +66,7 @@ class Offload:
         if self.stream is None:
             return host.clone(), None
         here = torch.empty(host.shape, dtype=host.dtype, device=self.device)
+        here.record_stream(self.stream)  # whoever never asks for it may let go of it before it is here
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             here.copy_(host, non_blocking=True)

@@ -59,7 +59,8 @@ def alone(config: RunConfig) -> RunConfig:
         name: getattr(plain, name) for name in ("mesh", "pipeline", "memory", "precision", "optimizer", "determinism")
     }
     zero = dataclasses.replace(plain.data_parallel, zero=0)
-    return dataclasses.replace(config, **how, data_parallel=zero, micro_batch_size=1)
+    observe = dataclasses.replace(config.observe, gradient_noise=False)  # which is seen between devices
+    return dataclasses.replace(config, **how, data_parallel=zero, observe=observe, micro_batch_size=1)
 
 
 @torch.no_grad()

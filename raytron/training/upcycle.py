@@ -95,4 +95,7 @@ def _mismatches(dense: ModelConfig, mixture: ModelConfig) -> Iterator[Problem]:
 def _alone(config: RunConfig) -> RunConfig:
     """The same run on one device."""
     zero = dataclasses.replace(config.data_parallel, zero=0, offload=False)
-    return dataclasses.replace(config, mesh=MeshConfig(), pipeline=PipelineConfig(), data_parallel=zero)
+    observe = dataclasses.replace(config.observe, gradient_noise=False)  # which is seen between devices
+    return dataclasses.replace(
+        config, mesh=MeshConfig(), pipeline=PipelineConfig(), data_parallel=zero, observe=observe
+    )

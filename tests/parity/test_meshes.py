@@ -82,6 +82,7 @@ def test_every_mesh(world, sizes, sequence_parallel):
 OTHERS = {
     "repeated KV heads": tiny("llama", **{"mesh.tp": 4}),
     "repeated KV heads with biases": tiny("qwen3", **{"mesh.tp": 4, "mesh.dp": 2, "data_parallel.zero": 2}),
+    "repeated KV heads, a stage without layers": tiny("llama", **{"mesh.tp": 4, "mesh.pp": 2, "pipeline.split": [0, 4]}),
     "one KV head": tiny("llama", **{"mesh.tp": 2, "model.kv_heads": 1, "mesh.sequence_parallel": False}),
     "dp that divides no dimension": tiny("gpt2", **{"mesh.dp": 3, "global_batch_size": 6, "micro_batch_size": 1}),
     "uneven stages": tiny("llama", **{"mesh.pp": 3, "pipeline.split": [1, 2, 1], "pipeline.schedule": "zb-h1"}),

@@ -23,3 +23,9 @@ def test_alone_is_the_same_model_on_one_device():
         if value != flatten(to_mapping(RunConfig()))[key]
     }
     assert left == {"data_parallel.zero", "data.document_mask"}
+
+
+def test_what_is_only_seen_between_devices_is_not_asked_of_one():
+    config = RunConfig().replace(**{"mesh.dp": 2, "observe.gradient_noise": True})
+    assert problems(config) == []
+    assert problems(alone(config)) == []
