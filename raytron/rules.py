@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -136,7 +137,13 @@ RANGES: tuple[Range, ...] = (
 
 
 def _divide(count: int, name: str, parts: int) -> str:
-    return f"{count} {name} cannot be cut in {parts} equal parts"
+    return f"{_counted(count, name)} cannot be cut in {parts} equal parts"
+
+
+def _counted(count: int, names: str) -> str:
+    """A number of things, whose first plural becomes a singular where there is one of them."""
+    name = re.sub(r"s\b", "", names, count=1)
+    return f"{count} {name if count == 1 else names}"
 
 
 def _any_of(values: Iterable[int], near: int) -> str:
@@ -213,17 +220,19 @@ def _rotary(config: RunConfig) -> Iterator[Problem]:
 
 def _tensor_parallel(config: RunConfig) -> Iterator[Problem]:
     model, tp = config.model, config.mesh.tp
-    use = f"use {_any_of(_tp_widths(config), tp)}"
+    use = f"use {_any_of(_tp_widths(config) or [1], tp)}"
     if model.heads % tp:
         yield Problem("mesh.tp", _divide(model.heads, "heads", tp), use)
     elif not _kv_fits(model.num_kv_heads, tp):
         what = (
-            f"{model.num_kv_heads} KV heads can neither be cut in {tp} equal parts nor repeated equally over {tp} ranks"
+            f"{_counted(model.num_kv_heads, 'KV heads')} can neither be cut in {tp} equal parts "
+            f"nor repeated equally over {tp} ranks"
         )
         yield Problem("mesh.tp", what, use)
     if model.ffn % tp:
         what = _divide(model.ffn, "feed-forward channels", tp)
-        yield Problem("mesh.tp", what, f"{use}, or set model.ffn to {_around(model.ffn, tp)}")
+        more = "" if model.heads % tp else f", or set model.ffn to {_around(model.ffn, tp)}"
+        yield Problem("mesh.tp", what, f"{use}{more}")
 
 
 def _sequence(config: RunConfig) -> Iterator[Problem]:
@@ -253,7 +262,8 @@ def _all_to_all(config: RunConfig) -> Iterator[Problem]:
         yield Problem("mesh.cp_all_to_all", _divide(mesh.cp, "context-parallel ranks", parts), f"use {legal}")
     elif not _exchange_fits(config, tp, parts):
         heads, kv_heads = model.heads // tp, max(1, model.num_kv_heads // tp)
-        what = f"{heads} heads and {kv_heads} KV heads of a rank cannot be exchanged equally over {parts} ranks"
+        share = f"{_counted(heads, 'heads')} and {_counted(kv_heads, 'KV heads')} of a rank"
+        what = f"{share} cannot be exchanged equally over {parts} ranks"
         yield Problem("mesh.cp_all_to_all", what, f"use {legal}; a ring takes the rest of mesh.cp")
 
 
@@ -290,17 +300,22 @@ def _expert_choice(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.experts.groups", what, f"use {_any_of(divisors(experts.count), experts.groups)}")
         return
     if experts.group_top_k > experts.groups:
-        what = f"{experts.group_top_k} of {experts.groups} groups cannot be chosen"
+        what = f"{experts.group_top_k} of {_counted(experts.groups, 'groups')} cannot be chosen"
         yield Problem("model.experts.group_top_k", what, f"use at most {experts.groups}")
         return
     choice = experts.group_top_k * (experts.count // experts.groups)
     if experts.top_k > choice:
-        of = f", {experts.group_top_k} groups of {experts.count // experts.groups}" if experts.groups > 1 else ""
-        what = f"a token cannot go to {experts.top_k} of {choice} experts{of}"
-        yield Problem("model.experts.top_k", what, f"use at most {choice}")
+        each = experts.count // experts.groups
+        of = f", {_counted(experts.group_top_k, 'groups')} of {each}" if experts.groups > 1 else ""
+        what = f"a token cannot go to {experts.top_k} of {_counted(choice, 'experts')}{of}"
+        alone = " with model.experts.normalize false" if choice == 1 and experts.normalize else ""
+        wider = f", or raise model.experts.group_top_k to {-(-experts.top_k // each)}"
+        more = wider if choice < experts.top_k <= experts.count and experts.groups > 1 else ""
+        yield Problem("model.experts.top_k", what, f"use at most {choice}{alone}{more}")
     elif experts.top_k == 1 and experts.normalize:
         what = "a token's only expert weighs 1 whatever the router says, which then learns nothing from the loss"
-        yield Problem("model.experts.normalize", what, "use false, or set model.experts.top_k to 2 or more")
+        more = ", or set model.experts.top_k to 2 or more" if choice > 1 else ""
+        yield Problem("model.experts.normalize", what, f"use false{more}")
     if experts.drop != "probability" and experts.capacity_factor is None:
         what = "nothing is dropped where experts have no capacity"
         yield Problem("model.experts.drop", what, "use probability, or set model.experts.capacity_factor")
@@ -315,11 +330,15 @@ def _expert_layers(config: RunConfig) -> Iterator[Problem]:
         return
     if model.expert_layers == 0:
         first, every = model.experts.first_dense, model.experts.every
-        what = (
-            f"none of {model.layers} layers has experts, {first} being dense at first and then {every - 1} of {every}"
-        )
-        where = "model.experts.first_dense" if first >= model.layers else "model.experts.every"
-        yield Problem(where, what, f"use at most {model.layers - (1 if where.endswith('dense') else first)}")
+        layers = _counted(model.layers, "layers")
+        what = f"none of {layers} has experts, {first} being dense at first and then {every - 1} of {every}"
+        if first >= model.layers >= every:
+            yield Problem("model.experts.first_dense", what, f"use at most {model.layers - every}")
+        elif first >= model.layers:
+            remedy = f"use at most {model.layers}, and 0 for model.experts.first_dense"
+            yield Problem("model.experts.every", what, remedy)
+        else:
+            yield Problem("model.experts.every", what, f"use at most {model.layers - first}")
     if model.bias:
         yield Problem("model.bias", "experts have no biases", "use false, or set model.experts.count to 0")
 
@@ -334,16 +353,17 @@ def _expert_parallel(config: RunConfig) -> Iterator[Problem]:
         what = _divide(model.expert_ffn, "channels of an expert", mesh.etp)
         yield Problem("mesh.etp", what, f"use {_any_of(widths, mesh.etp)}")
     elif plane % (mesh.etp * mesh.replicate):
-        what = f"{plane} ranks (dp · cp · tp) cannot be folded with etp {mesh.etp} and replicate {mesh.replicate}"
+        ranks = f"{_counted(plane, 'ranks')} (dp · cp · tp)"
+        what = f"{ranks} cannot be folded with etp {mesh.etp} and replicate {mesh.replicate}"
         legal = [etp for etp in widths if plane % (etp * mesh.replicate) == 0]
         yield Problem("mesh.etp", what, f"use {_any_of(legal, mesh.etp)}" if legal else "set mesh.replicate to 1")
     else:
         room = plane // (mesh.etp * mesh.replicate)
         if model.experts.count % mesh.ep or room % mesh.ep:
-            what = f"{model.experts.count} experts and {room} ranks (dp · cp · tp"
-            what += f" / {mesh.etp * mesh.replicate}" if room < plane else ""
             legal = [ep for ep in divisors(room) if model.experts.count % ep == 0]
-            what += f") cannot both be cut in {mesh.ep} equal parts"
+            folds = [name for name in ("etp", "replicate") if getattr(mesh, name) > 1]
+            ranks = f"{_counted(room, 'ranks')} ({' / '.join(['dp · cp · tp', *folds])})"
+            what = f"{_counted(model.experts.count, 'experts')} and {ranks} cannot both be cut in {mesh.ep} equal parts"
             yield Problem("mesh.ep", what, f"use {_any_of(legal, mesh.ep)}")
     if model.experts.shared_ffn % mesh.tp:
         what = _divide(model.experts.shared_ffn, "channels of the shared expert", mesh.tp)
@@ -359,27 +379,41 @@ def _yaml(value: Any) -> str:
 
 
 def _stages(config: RunConfig) -> Iterator[Problem]:
-    layers, pp, chunks = config.model.layers, config.mesh.pp, config.pipeline.chunks
+    layers, pp, chunks = config.model.layers, config.mesh.pp, chunks_given(config) or config.pipeline.chunks
     stages, (where, split) = pp * chunks, _given_stages(config)
     if layers < stages and split is None:
-        what = f"{layers} layers cannot fill {stages} stages (pp {pp} × {chunks} virtual)"
-        remedy = f"use at most {layers} stages, or at least {stages} layers"
+        what = f"{_counted(layers, 'layers')} cannot fill {stages} stages (pp {pp} × {chunks} virtual)"
+        remedy = f"use at most {_counted(layers, 'stages')}, or at least {stages} layers"
         yield Problem("mesh.pp" if chunks == 1 else "pipeline.virtual_stages", what, remedy)
     if split is None:
         return
     if config.pipeline.split is not None and config.pipeline.layout is not None:
         yield Problem("pipeline.layout", "stands beside pipeline.split", "set one of them to null")
     if len(split) != stages:
-        what = f"{len(split)} entries for {stages} stages (pp {pp} × {chunks} virtual)"
-        yield Problem(where, what, f"give {stages} entries, or null for a balanced split")
+        given, wanted = _entries(len(split)), _entries(stages)
+        what = f"{given} for {_counted(stages, 'stages')} (pp {pp} × {chunks} virtual)"
+        yield Problem(where, what, f"give {wanted}, or null for a balanced split")
     elif any(size < 0 for size in split):
         yield Problem(where, f"{list(split)} has a negative number of layers", "give each 0 or more")
     elif empty := _empty_ranks(config.pipeline.schedule, split, pp):
         what = f"{list(split)} leaves {_one_of([f'rank {rank}' for rank in empty], 'and')} with nothing"
         yield Problem(where, what, "give one of its stages a layer")
-    if sum(split) != layers:
-        what = f"{' + '.join(map(str, split))} = {sum(split)} layers, and the model has {layers}"
+    if split and sum(split) != layers:
+        what = f"{' + '.join(map(str, split))} = {_counted(sum(split), 'layers')}, and the model has {layers}"
         yield Problem(where, what, f"let them sum to {layers}, or set null for a balanced split")
+
+
+def _entries(count: int) -> str:
+    return "1 entry" if count == 1 else f"{count} entries"
+
+
+def chunks_given(config: RunConfig) -> int | None:
+    """The model chunks on a rank that the configuration asks for; None where the schedule decides. Under `auto` the stages
+    that are given say how many there are, as far as they are equally many on each rank."""
+    pipeline, pp, (_, split) = config.pipeline, config.mesh.pp, _given_stages(config)
+    if pipeline.virtual_stages is None and pipeline.schedule == "auto" and split and pp > 1 and len(split) % pp == 0:
+        return len(split) // pp
+    return pipeline.virtual_stages
 
 
 def _given_stages(config: RunConfig) -> tuple[str, tuple[int, ...] | None]:
@@ -413,7 +447,7 @@ def _rank_of(stage: int, stages: int, pp: int, v: bool) -> int:
 def _batch(config: RunConfig) -> Iterator[Problem]:
     micro, dp, batch = config.micro_batch_size, config.mesh.dp, config.global_batch_size
     if batch % (micro * dp):
-        what = f"{batch} sequences cannot be cut in micro-batches of {micro} on {dp} data-parallel ranks"
+        what = f"{batch} sequences cannot be cut in micro-batches of {micro} on {_counted(dp, 'data-parallel ranks')}"
         yield Problem("global_batch_size", what, f"use {_around(batch, micro * dp)}")
 
 
@@ -462,12 +496,16 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
     if chunks < least or (most is not None and chunks > most):
         takes = "one model chunk" if most == 1 else "two model chunks" if most == 2 else "more than one model chunk"
         fits = [other for other, (low, high) in SCHEDULE_CHUNKS.items() if low <= chunks <= (high or chunks)]
+        ranks = " with mesh.pp of 2 or more" if pp < 2 <= chunks else ""
         what = f"{name} has {takes} on a rank, and {chunks} {'is' if chunks == 1 else 'are'} asked for"
-        remedy = f"use {least if most else f'{least} or more'}, or set pipeline.schedule to {_one_of(fits)}"
+        remedy = f"use {least if most else f'{least} or more'}, or set pipeline.schedule to {_one_of(fits)}{ranks}"
         yield Problem("pipeline.virtual_stages", what, remedy)
     if least > 1 and pp < 2:
         remedy = "set mesh.pp to 2 or more, or use 1f1b"
         yield Problem("pipeline.schedule", f"{name} needs more than one pipeline rank", remedy)
+    if name == "auto" and chunks > 1 and pp < 2:
+        what = f"no schedule has {chunks} model chunks on the only pipeline rank"
+        yield Problem("pipeline.virtual_stages", what, "use 1 or null, or set mesh.pp to 2 or more")
 
 
 def _schedule_batch(config: RunConfig) -> Iterator[Problem]:
@@ -475,12 +513,13 @@ def _schedule_batch(config: RunConfig) -> Iterator[Problem]:
     if batch % unit or config.pipeline.schedule != "dualpipe-v":
         return
     if pp > 1 and config.microbatches < 2 * pp:
-        what = f"dualpipe-v needs at least {2 * pp} micro-batches (2 · pp), and there are {config.microbatches}"
+        verb = "is" if config.microbatches == 1 else "are"
+        what = f"dualpipe-v needs at least {2 * pp} micro-batches (2 · pp), and there {verb} {config.microbatches}"
         yield Problem("global_batch_size", what, f"use {unit * 2 * pp} or more, or pipeline.schedule zb-v")
 
 
 def _recompute(config: RunConfig) -> Iterator[Problem]:
-    memory, stages = config.memory, config.mesh.pp * config.pipeline.chunks
+    memory, stages = config.memory, config.mesh.pp * (chunks_given(config) or config.pipeline.chunks)
     if memory.recompute == "none":
         for key, value, neutral in (("every", memory.recompute_every, 1), ("stages", memory.recompute_stages, None)):
             if value != neutral:
@@ -491,6 +530,9 @@ def _recompute(config: RunConfig) -> Iterator[Problem]:
     if memory.recompute == "selective" and not memory.recompute_parts:
         remedy = "name some of " + ", ".join(get_args(RecomputePart)) + ", or set memory.recompute to none"
         yield Problem("memory.recompute_parts", "names no part of a block", remedy)
+    if memory.recompute == "selective" and set(memory.recompute_parts) == {"dropout"} and not config.model.dropout:
+        what = "the model has no dropout, the only part that is named"
+        yield Problem("memory.recompute_parts", what, "name other parts too, or set memory.recompute to none")
     unknown = [stage for stage in memory.recompute_stages or () if not 0 <= stage < stages]
     if unknown or memory.recompute_stages == ():
         what = f"there is no stage {', '.join(map(str, unknown))}" if unknown else "names no stage"
@@ -508,7 +550,10 @@ def _loss_chunks(config: RunConfig) -> Iterator[Problem]:
 def _learning_rate(config: RunConfig) -> Iterator[Problem]:
     rate = config.lr
     if rate.warmup_steps and rate.warmup_steps >= config.lr_horizon:
-        what = f"{rate.warmup_steps} warmup steps leave nothing of the {config.lr_horizon} steps of the learning rate"
+        horizon = _counted(config.lr_horizon, "steps")
+        what = (
+            f"a warmup of {_counted(rate.warmup_steps, 'steps')} leaves nothing of the {horizon} of the learning rate"
+        )
         remedy = (
             f"use at most {config.lr_horizon - 1}, or raise {'steps' if rate.decay_steps is None else 'lr.decay_steps'}"
         )
@@ -524,6 +569,10 @@ def _parameter_groups(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{where}.lr", f"{group.lr:g} is too small", "use 0 or more")
         if group.weight_decay is not None and group.weight_decay < 0:
             yield Problem(f"{where}.weight_decay", f"{group.weight_decay:g} is too small", "use 0 or more, or null")
+        for key, value, neutral in (("lr", group.lr, 1), ("weight_decay", group.weight_decay, None)):
+            if group.freeze and value != neutral:
+                what = f"{value:g} has no effect on parameters that are frozen"
+                yield Problem(f"{where}.{key}", what, f"leave it at {_yaml(neutral)}, or set freeze to false")
         earlier = [other.match for other in config.optimizer.groups[:index]]
         if group.match in earlier or "*" in earlier:
             first = "*" if "*" in earlier else group.match
@@ -550,13 +599,17 @@ def _batch_ramp(config: RunConfig) -> Iterator[Problem]:
         return
     if (full - ramp.start) % ramp.increment:
         what = f"steps of {ramp.increment} don't lead from {ramp.start} to {full}"
-        near = _any_of(divisors(full - ramp.start), ramp.increment)
+        unit = config.micro_batch_size * config.mesh.dp
+        steps = divisors(full - ramp.start)
+        near = _any_of([step for step in steps if step % unit == 0] or steps, ramp.increment)
         yield Problem("batch_ramp.increment", what, f"use {near}")
         return
-    if ramp.samples < len(config.batch_sizes) - 1:
-        what = f"{ramp.samples} sequences are too few for {len(config.batch_sizes) - 1} batch sizes below {full}"
-        yield Problem("batch_ramp.samples", what, f"use {ramp.start} or more")
-    yield from _ramp_levels(config)
+    found = list(_ramp_levels(config))
+    yield from found
+    rise = len(config.batch_sizes) - 1
+    if ramp.samples < rise and not found:
+        what = f"{ramp.samples} sequences are too few for {_counted(rise, 'batch sizes')} below {full}"
+        yield Problem("batch_ramp.samples", what, f"use {max(rise, ramp.start)} or more")
 
 
 def _ramp_levels(config: RunConfig) -> Iterator[Problem]:
@@ -607,6 +660,9 @@ def _trace(config: RunConfig) -> Iterator[Problem]:
     if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
         what = f"{list(steps)} are no first and last step"
         yield Problem("observe.trace_steps", what, "use two numbers from 1, such as [2, 4], or null")
+    elif steps is not None and steps[0] > config.steps:
+        what = f"the run ends after step {config.steps}, before step {steps[0]}"
+        yield Problem("observe.trace_steps", what, f"begin at {config.steps} at most, raise steps, or use null")
 
 
 def _texts(config: RunConfig) -> Iterator[Problem]:
@@ -625,6 +681,122 @@ def _resume(config: RunConfig) -> Iterator[Problem]:
             remedy = f"did you mean {close[0]}?" if close else "name keys of the configuration, such as lr.peak"
             yield Problem("resume.allow", f"{key!r} is no key of a configuration", remedy)
 
+
+class Unused(NamedTuple):
+    """Keys that mean something under a condition only. reads: the keys of the condition; both with blanks between."""
+
+    keys: str
+    reads: str
+    used: Callable[[RunConfig], bool]
+    where: str
+    remedy: str
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        if self.used(config):
+            return
+        values, defaults = flatten(to_mapping(config)), flatten(to_mapping(RunConfig()))
+        for key in self.keys.split():
+            if values[key] != defaults[key]:
+                what = f"{_yaml(values[key])} has no effect {self.where}"
+                yield Problem(key, what, f"leave it at {_yaml(defaults[key])}, or {self.remedy}")
+
+
+def _optimizers(keys: str, *names: str) -> Unused:
+    """Keys of some optimizers."""
+    return Unused(
+        keys,
+        "optimizer.name",
+        lambda config: config.optimizer.name in names,
+        "with this optimizer",
+        f"set optimizer.name to {_one_of(names)}",
+    )
+
+
+UNUSED: tuple[Unused, ...] = (
+    _optimizers("optimizer.beta1 optimizer.beta2", "adamw", "muon", "lion"),
+    _optimizers("optimizer.eps", "adamw", "muon"),
+    _optimizers("optimizer.momentum optimizer.nesterov", "muon", "sgd"),
+    _optimizers("optimizer.newton_schulz optimizer.newton_schulz_steps", "muon"),
+    Unused(
+        "optimizer.decay_all",
+        "optimizer.weight_decay optimizer.groups",
+        lambda config: (
+            config.optimizer.weight_decay > 0 or any(group.weight_decay for group in config.optimizer.groups)
+        ),
+        "where nothing decays",
+        "set optimizer.weight_decay",
+    ),
+    Unused(
+        "precision.loss_scale precision.loss_scale_window",
+        "precision.dtype",
+        lambda config: config.precision.dtype == "fp16",
+        "on other types than fp16",
+        "set precision.dtype to fp16",
+    ),
+    Unused(
+        "memory.recompute_parts",
+        "memory.recompute",
+        lambda config: config.memory.recompute == "selective",
+        "where memory.recompute is not selective",
+        "set memory.recompute to selective",
+    ),
+    Unused(
+        "memory.offload_min_mb",
+        "memory.offload_activations",
+        lambda config: config.memory.offload_activations,
+        "where no activations are offloaded",
+        "set memory.offload_activations to true",
+    ),
+    Unused(
+        "data_parallel.prefetch",
+        "data_parallel.zero",
+        lambda config: config.data_parallel.zero > 0,
+        "under ZeRO 0, which gathers no weights",
+        "set data_parallel.zero to 1, 2 or 3",
+    ),
+    Unused(
+        "mesh.expert_dispatch",
+        "model.experts.count mesh.ep mesh.etp",
+        lambda config: config.model.experts.count == 0 or config.mesh.ep * config.mesh.etp > 1,
+        "where each rank has whole experts, and all of them",
+        "set mesh.ep or mesh.etp to 2 or more",
+    ),
+    Unused(
+        "model.max_positions",
+        "model.positions",
+        lambda config: config.model.positions == "learned",
+        "where no positions are learned",
+        "set model.positions to learned",
+    ),
+    Unused(
+        "model.rope_theta",
+        "model.positions",
+        lambda config: config.model.positions == "rope",
+        "with other positions than rope",
+        "set model.positions to rope",
+    ),
+    Unused(
+        "batch_ramp.increment",
+        "batch_ramp.start",
+        lambda config: config.batch_ramp.start is not None,
+        "where the batch does not grow",
+        "set batch_ramp.start",
+    ),
+    Unused(
+        "lr.stable_fraction",
+        "lr.decay",
+        lambda config: config.lr.decay == "wsd",
+        "with other decays than wsd",
+        "set lr.decay to wsd",
+    ),
+    Unused(
+        "evaluate.every",
+        "evaluate.batches",
+        lambda config: config.evaluate.batches > 0,
+        "where evaluate.batches is 0",
+        "set evaluate.batches to 1 or more",
+    ),
+)
 
 _HEADS = "model.hidden model.heads model.kv_heads model.head_dim"
 
@@ -655,7 +827,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ),
     ("model.layers mesh.pp pipeline.virtual_stages pipeline.split pipeline.layout", _stages),
     ("pipeline.layout", _layout),
-    ("observe.trace_steps", _trace),
+    ("steps observe.trace_steps", _trace),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.dp mesh.replicate data_parallel.zero", _replicas),
     ("optimizer.at_once optimizer.clip_norm precision.dtype determinism", _at_once),
@@ -674,5 +846,6 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero determinism", _gradient_noise),
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
     ("", _texts),
+    *((f"{row.keys} {row.reads}", row.check) for row in UNUSED),
     ("resume.allow", _resume),
 )

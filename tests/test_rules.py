@@ -79,13 +79,13 @@ CASES = [
     ({"mesh.ep": 2}, "mesh.ep", "2 has no effect on a model without experts", "leave it at 1, or set"),
     ({"model.experts.shared_ffn": 8}, "model.experts.shared_ffn", "8 has no effect", "model.experts.count to 2"),
     ({**EXPERTS, "model.experts.groups": 3}, "model.experts.groups", "8 experts cannot be cut in 3", "1, 2, 4 or 8"),
-    ({**EXPERTS, "model.experts.group_top_k": 3}, "model.experts.group_top_k", "3 of 1 groups", "at most 1"),
+    ({**EXPERTS, "model.experts.group_top_k": 3}, "model.experts.group_top_k", "3 of 1 group", "at most 1"),
     ({**EXPERTS, "model.experts.top_k": 9}, "model.experts.top_k", "9 of 8 experts", "use at most 8"),
     (
         {**EXPERTS, "model.experts.groups": 4, "model.experts.top_k": 3},
         "model.experts.top_k",
-        "3 of 2 experts, 1 groups of 2",
-        "use at most 2",
+        "3 of 2 experts, 1 group of 2",
+        "use at most 2, or raise model.experts.group_top_k to 2",
     ),
     ({**EXPERTS, "model.experts.top_k": 1}, "model.experts.normalize", "learns nothing", "use false"),
     ({**EXPERTS, "model.experts.drop": "position"}, "model.experts.drop", "no capacity", "capacity_factor"),
@@ -94,7 +94,7 @@ CASES = [
     ({**EXPERTS, "model.experts.every": 5}, "model.experts.every", "none of 4 layers", "use at most 4"),
     ({**EXPERTS, "model.bias": True}, "model.bias", "experts have no biases", "use false"),
     ({**EXPERTS, "mesh.ep": 3, "mesh.dp": 4}, "mesh.ep", "8 experts and 4 ranks (dp · cp · tp)", "use 1, 2 or 4"),
-    ({**EXPERTS, "mesh.ep": 4, "mesh.dp": 4, "mesh.etp": 2}, "mesh.ep", "2 ranks (dp · cp · tp / 2)", "use 1 or 2"),
+    ({**EXPERTS, "mesh.ep": 4, "mesh.dp": 4, "mesh.etp": 2}, "mesh.ep", "2 ranks (dp · cp · tp / etp)", "use 1 or 2"),
     ({**EXPERTS, "mesh.etp": 4, "mesh.dp": 2}, "mesh.etp", "2 ranks (dp · cp · tp) cannot be folded", "use 1 or 2"),
     (
         {**EXPERTS, "model.experts.ffn": 33, "mesh.etp": 2, "mesh.dp": 2},
@@ -180,7 +180,7 @@ CASES = [
         "attention, norm",
     ),
     ({"memory.loss_chunks": 300}, "memory.loss_chunks", "256 tokens, which are not enough for 300", "at most 256"),
-    ({"lr.warmup_steps": 100}, "lr.warmup_steps", "leave nothing of the 100 steps", "use at most 99, or raise steps"),
+    ({"lr.warmup_steps": 100}, "lr.warmup_steps", "leaves nothing of the 100 steps", "use at most 99, or raise steps"),
     ({"lr.final": 1.0}, "lr.final", "above the peak", "use at most 0.0003"),
     ({"model.dropout": 1.0}, "model.dropout", "too large", "less than 1"),
     ({"data.validation_fraction": 0}, "data.validation_fraction", "too small", "more than 0"),
@@ -243,6 +243,133 @@ CASES = [
     ({"run_dir": ""}, "run_dir", "is empty", "give a text"),
     ({"data.sources": []}, "data.sources", "no sources", "python-stdlib"),
     ({"resume.allow": ["lr.peek"]}, "resume.allow", "no key", "lr.peak"),
+    # one of a thing, and remedies that are not refused in their turn
+    ({"mesh.cp_all_to_all": 2}, "mesh.cp_all_to_all", "1 context-parallel rank cannot", "use 1"),
+    ({"mesh.replicate": 2}, "mesh.replicate", "1 data-parallel rank cannot", "use 1"),
+    ({"micro_batch_size": 3}, "global_batch_size", "micro-batches of 3 on 1 data-parallel rank", "use 15 or 18"),
+    (
+        {**EXPERTS, "mesh.ep": 2, "mesh.dp": 2, "mesh.replicate": 2},
+        "mesh.ep",
+        "8 experts and 1 rank (dp · cp · tp / replicate) cannot",
+        "use 1",
+    ),
+    (
+        {"model.experts.count": 1},
+        "model.experts.top_k",
+        "2 of 1 expert",
+        "use at most 1 with model.experts.normalize false",
+    ),
+    (
+        {**EXPERTS, "model.experts.first_dense": 9, "model.experts.every": 3},
+        "model.experts.first_dense",
+        "none of 4 layers",
+        "use at most 1",
+    ),
+    (
+        {**EXPERTS, "model.experts.first_dense": 9, "model.experts.every": 5},
+        "model.experts.every",
+        "none of 4 layers",
+        "use at most 4, and 0 for model.experts.first_dense",
+    ),
+    ({"mesh.pp": 2, "pipeline.split": [4]}, "pipeline.split", "1 entry for 2 stages", "give 2 entries"),
+    ({"mesh.pp": 2, "pipeline.split": []}, "pipeline.split", "0 entries for 2 stages", "give 2 entries"),
+    (
+        {"pipeline.schedule": "gpipe", "pipeline.virtual_stages": 2},
+        "pipeline.virtual_stages",
+        "gpipe has one model chunk",
+        "dualpipe-v or auto with mesh.pp of 2 or more",
+    ),
+    (
+        {"pipeline.schedule": "auto", "pipeline.virtual_stages": 2},
+        "pipeline.virtual_stages",
+        "no schedule has 2 model chunks on the only",
+        "use 1 or null, or set mesh.pp",
+    ),
+    (
+        {"pipeline.schedule": "auto", "mesh.pp": 2, "pipeline.split": [1, 1, 2]},
+        "pipeline.split",
+        "3 entries for 2 stages",
+        "give 2 entries",
+    ),
+    ({"batch_ramp.start": 4}, "batch_ramp.samples", "too few for 12 batch sizes", "use 12 or more"),
+    ({"batch_ramp.start": 15}, "batch_ramp.samples", "too few for 1 batch size below 16", "use 15 or more"),
+    (
+        {"batch_ramp.start": 4, "batch_ramp.increment": 5, "batch_ramp.samples": 64, "micro_batch_size": 4},
+        "batch_ramp.increment",
+        "steps of 5 don't lead",
+        "use 4 or 12",
+    ),
+    # what has no effect
+    (
+        {"optimizer.name": "sgd", "optimizer.beta2": 0.9},
+        "optimizer.beta2",
+        "0.9 has no effect with this optimizer",
+        "leave it at 0.95, or set optimizer.name to adamw, muon or lion",
+    ),
+    ({"optimizer.name": "lion", "optimizer.eps": 1e-6}, "optimizer.eps", "no effect", "to adamw or muon"),
+    ({"optimizer.momentum": 0.5}, "optimizer.momentum", "no effect with this", "to muon or sgd"),
+    ({"optimizer.nesterov": False}, "optimizer.nesterov", "false has no effect", "leave it at true, or"),
+    ({"optimizer.newton_schulz": "bf16"}, "optimizer.newton_schulz", "bf16 has no effect", "to muon"),
+    (
+        {"optimizer.weight_decay": 0, "optimizer.decay_all": True},
+        "optimizer.decay_all",
+        "where nothing decays",
+        "set optimizer.weight_decay",
+    ),
+    (
+        {"optimizer.groups": [{"match": "embed.*", "freeze": True, "lr": 2}]},
+        "optimizer.groups[0].lr",
+        "2 has no effect on parameters that are frozen",
+        "leave it at 1, or set freeze to false",
+    ),
+    ({"precision.loss_scale": 8}, "precision.loss_scale", "on other types than fp16", "leave it at 65536.0"),
+    (
+        {"precision.dtype": "bf16", "precision.loss_scale_window": 8},
+        "precision.loss_scale_window",
+        "on other types",
+        "1000",
+    ),
+    (
+        {"memory.recompute": "full", "memory.recompute_parts": ["norm"]},
+        "memory.recompute_parts",
+        "['norm'] has no effect where memory.recompute is not selective",
+        "set memory.recompute to selective",
+    ),
+    (
+        {"memory.recompute": "selective", "memory.recompute_parts": ["dropout"]},
+        "memory.recompute_parts",
+        "the model has no dropout",
+        "name other parts too",
+    ),
+    ({"memory.offload_min_mb": 2}, "memory.offload_min_mb", "no activations are offloaded", "leave it at 1.0"),
+    (
+        {"data_parallel.zero": 0, "data_parallel.prefetch": 2},
+        "data_parallel.prefetch",
+        "under ZeRO 0",
+        "data_parallel.zero to 1, 2 or 3",
+    ),
+    (
+        {**EXPERTS, "mesh.expert_dispatch": "all_gather"},
+        "mesh.expert_dispatch",
+        "whole experts, and all of them",
+        "mesh.ep or mesh.etp",
+    ),
+    ({"model.max_positions": 64}, "model.max_positions", "no positions are learned", "model.positions to learned"),
+    (
+        {"model.positions": "none", "model.rope_theta": 5e5},
+        "model.rope_theta",
+        "other positions than rope",
+        "leave it at 10000.0",
+    ),
+    ({"batch_ramp.increment": 4}, "batch_ramp.increment", "the batch does not grow", "set batch_ramp.start"),
+    ({"lr.stable_fraction": 0.5}, "lr.stable_fraction", "other decays than wsd", "set lr.decay to wsd"),
+    ({"evaluate.batches": 0, "evaluate.every": 5}, "evaluate.every", "evaluate.batches is 0", "leave it at null"),
+    (
+        {"observe.trace_steps": [200, 201]},
+        "observe.trace_steps",
+        "ends after step 100, before step 200",
+        "begin at 100",
+    ),
 ]
 
 
@@ -286,6 +413,24 @@ def test_lists_of_sections_are_read_written_and_checked():
     ]
     broken = OptimizerConfig(groups=(ParameterGroup(lr="fast"),))  # type: ignore[arg-type]
     assert [problem.where for problem in problems(RunConfig(optimizer=broken))] == ["optimizer.groups[0].lr"]
+
+
+def test_auto_takes_as_many_chunks_as_it_is_given_stages_or_told():
+    auto = RunConfig().replace(**{"pipeline.schedule": "auto", "mesh.pp": 2, "model.layers": 10})
+    told = make_plan(auto.replace(**{"pipeline.virtual_stages": 5}), None)
+    assert told.choice is not None
+    assert {candidate.chunks for candidate in told.choice.candidates} == {5}
+    given = make_plan(auto.replace(**{"pipeline.layout": "E" + "|".join(["t"] * 10) + "L"}), None)
+    assert [end - begin for begin, end in given.stages] == [1] * 10
+
+
+def test_a_group_after_others_that_match_all_of_it_is_refused():
+    groups = [{"match": "layers.*"}, {"match": "layers.0.*", "lr": 2}]
+    with pytest.raises(ConfigError) as caught:
+        make_plan(RunConfig().replace(**{"optimizer.groups": groups}), None)
+    (problem,) = caught.value.problems
+    assert problem.where == "optimizer.groups[1].match"
+    assert problem.remedy.startswith("put it first")
 
 
 def test_every_key_named_in_a_rule_exists():

@@ -26,7 +26,7 @@ from raytron.plan.schedule import generate
 from raytron.plan.simulate import simulate
 from raytron.plan.times import Times
 from raytron.plan.weigh import stage_cost, stages_of
-from raytron.rules import problems
+from raytron.rules import chunks_given, problems
 
 CHUNKS = (2, 3, 4, 6, 8)  # that are tried for schedules that take any number
 ALIKE = 0.01  # makespans that differ by less count as equal
@@ -134,14 +134,14 @@ def resolved(config: RunConfig, name: str, chunks: int) -> RunConfig:
 
 
 def _options(config: RunConfig) -> Iterator[tuple[str, int]]:
-    pipeline, pp = config.pipeline, config.mesh.pp
-    given = pipeline.virtual_stages
+    pp, told, given = config.mesh.pp, config.pipeline.virtual_stages, chunks_given(config)
+    room = [count for count in CHUNKS if count * pp <= config.model.layers] or [2]
+    many = sorted({*room, given}) if given is not None and given > 1 else room
     for name, (least, most) in SCHEDULE_CHUNKS.items():
         if name == "auto":
             continue
-        counts = [least] if least == most else [count for count in CHUNKS if count * pp <= config.model.layers] or [2]
-        for chunks in counts:
-            if given is None or given == chunks:
+        for chunks in [least] if least == most else many:
+            if told is None or told == chunks:
                 yield name, chunks
 
 

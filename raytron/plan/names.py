@@ -33,14 +33,18 @@ def layers_of(model: ModelConfig) -> tuple[str, ...]:
 
 
 def unmatched(groups: Sequence[ParameterGroup], model: ModelConfig) -> list[Problem]:
-    """A problem for each group whose glob matches none of the model's parameters, with names like it; and one where
-    together they freeze everything."""
+    """A problem for each group whose glob matches none of the model's parameters, with names like it, or only such as
+    earlier groups match; and one where together they freeze everything."""
     names = parameter_names(model)
-    found = [
-        Problem(f"optimizer.groups[{index}].match", f"{group.match!r} matches no parameter", _like(group.match, names))
-        for index, group in enumerate(groups)
-        if not any(fnmatchcase(name, group.match) for name in names)
-    ]
+    left, found = set(names), []
+    for index, group in enumerate(groups):
+        where, matched = f"optimizer.groups[{index}].match", {name for name in names if fnmatchcase(name, group.match)}
+        if not matched:
+            found.append(Problem(where, f"{group.match!r} matches no parameter", _like(group.match, names)))
+        elif not matched & left:
+            what = f"earlier groups match all that {group.match!r} matches"
+            found.append(Problem(where, what, "put it first: the first group that matches a name holds"))
+        left -= matched
     if all(group_of(name, groups).freeze for name in names):
         found.append(Problem("optimizer.groups", "they freeze every parameter", "leave some to train"))
     return found
