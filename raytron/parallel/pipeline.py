@@ -19,6 +19,7 @@ device when the world is opened.)
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -87,6 +88,10 @@ class Channel:
         self.shape: tuple[int, ...] = ()
         self.dtype = torch.float32
 
+    def open(self, *, sends: bool) -> None:
+        """Passes one number, so that the connection is there; the other end has to do so now, too."""
+        (dist.send if sends else dist.recv)(torch.zeros(1, device=self.device), self.peer, group=self.group)
+
     def expect(self, keys: Sequence[Key], shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """What will come, in order; posts the first receive."""
         self.expected.extend(keys)
@@ -142,6 +147,17 @@ class Links:
                 self.outgoing[other] = Channel(up if here < other else down, rank, mesh.device)
             if messages(schedule, other, here):
                 self.incoming[other] = Channel(up if other < here else down, rank, mesh.device)
+
+        self._open(here, len(ranks))
+
+    def _open(self, here: int, count: int) -> None:
+        """Opens all channels in one order on all ranks. NCCL connects a pair at its first transfer, and blocks until both
+        ends are there: two ranks that began with a receive would wait for each other for ever."""
+        for source, target in sorted(itertools.permutations(range(count), 2), key=lambda pair: (min(pair) % 2, pair)):
+            if source == here and target in self.outgoing:
+                self.outgoing[target].open(sends=True)
+            elif target == here and source in self.incoming:
+                self.incoming[source].open(sends=False)
 
     def drain(self) -> None:
         """Waits until all that was sent has left."""
