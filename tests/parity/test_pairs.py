@@ -20,7 +20,7 @@ from raytron.rules import problems
 
 MAX_RANKS = 8
 STEPS = 4
-MANY = 15  # a case of fewer choices is for `pytest -m slow`
+MANY = 21  # a case of fewer choices is for `pytest -m slow`
 ROUNDING = {"bf16", "fp16", "bf16 reduction", "bf16 moments", "stochastic rounding"}
 Pair = frozenset[str]
 
