@@ -202,7 +202,7 @@ class Controller:
                 self._save()
             if self._evaluates and (ended or _due(self._step, config.evaluate.every)):
                 self._evaluate()
-            if self._choose_at == self._step and not ended:
+            if self._choose_at == self._step and not ended and not self._asked & Request.STOP:
                 after = self._choose(plan)
                 if after is not plan:
                     return after
