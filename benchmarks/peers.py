@@ -1,7 +1,8 @@
 """PyTorch's own ways to train the model of `plain.py` on several ranks: what Raytron's meshes are measured against.
 
     ddp        DistributedDataParallel: replicas, gradients all-reduced in buckets while the backward runs
-    fsdp2      fully_shard on each block: parameters, gradients and optimizer state sharded
+    fsdp2      fully_shard on each block: parameters, gradients and optimizer state sharded; gradients are kept whole until
+               the last micro-batch (`fsdp2-each`: reduced after every one, the memory of ZeRO 3)
     dtensor    parallelize_module: tensor parallel over DTensors; with dp, sharded on top by fully_shard
     1f1b       torch.distributed.pipelining with Schedule1F1B; with dp, gradients all-reduced after the schedule
 
@@ -80,6 +81,13 @@ class Fsdp2(_Replicated):
 
     def synchronise(self, last: bool) -> None:
         self.model.set_requires_gradient_sync(last)
+
+
+class Fsdp2Each(Fsdp2):
+    """Reduces after every micro-batch, so that no rank holds whole gradients between them: what ZeRO 3 does."""
+
+    def synchronise(self, last: bool) -> None:
+        self.model.set_requires_gradient_sync(True)
 
 
 class Dtensor(_Replicated):
@@ -191,4 +199,10 @@ def _shard(model: PlainLlama, mesh: DeviceMesh) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-PEERS: dict[str, Callable[[RunConfig], Peer]] = {"ddp": Ddp, "fsdp2": Fsdp2, "dtensor": Dtensor, "1f1b": Pipelined}
+PEERS: dict[str, Callable[[RunConfig], Peer]] = {
+    "ddp": Ddp,
+    "fsdp2": Fsdp2,
+    "fsdp2-each": Fsdp2Each,
+    "dtensor": Dtensor,
+    "1f1b": Pipelined,
+}
