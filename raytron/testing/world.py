@@ -10,6 +10,7 @@ tenth of a second. Processes come from a fork server that has torch loaded.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import sys
@@ -105,4 +106,5 @@ def _serve(connection: Connection) -> None:
             answer = (False, f"rank {rank} of {ranks}:\n{traceback.format_exc()}")
         with contextlib.suppress(Exception):
             close_world()
+        gc.collect()  # meshes and groups refer to each other; else the threads of every world left stay
         connection.send(answer)
