@@ -96,14 +96,25 @@ def measure(rank: int, config: RunConfig) -> Room:
     def held() -> int:
         return sum(param.untyped_storage().nbytes() for param in engine.model.params)
 
-    def look(*_: object) -> None:
+    def look() -> None:
         between.add(held())
         sums.add(sum(bucket.sums.nbytes for bucket in engine.buckets.buckets if bucket.sums is not None))
+
+    class Look:
+        """Looks after every action."""
+
+        active = True
+
+        def now(self) -> float:
+            return 0.0
+
+        def saw(self, *_: object) -> None:
+            look()
 
     between: set[int] = set()
     sums: set[int] = set()
     inside: list[int] = []
-    engine = Engine(make_plan(config, None), mesh, watch=look)
+    engine = Engine(make_plan(config, None), mesh, watch=Look())
     look()
     layers = [layer for stage in engine.model.stages.values() for layer in stage.layers]
     for layer in layers:
