@@ -32,7 +32,8 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Sums `x` over the group, in place; returns it."""
     if group.size > 1:
-        dist.all_reduce(x, op=op, group=group.process_group)
+        with group.waiting:
+            dist.all_reduce(x, op=op, group=group.process_group)
     return x
 
 
@@ -41,7 +42,7 @@ def start_all_reduce(x: Tensor, group: Group) -> Wait:
     if group.size == 1:
         return lambda: x
     work = dist.all_reduce(x, group=group.process_group, async_op=True)
-    return _after(work, x)
+    return _after(work, x, group)
 
 
 def start_all_gather(x: Tensor, group: Group) -> Wait:
@@ -50,7 +51,7 @@ def start_all_gather(x: Tensor, group: Group) -> Wait:
         return lambda: x
     out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
     work = _all_gather(out, x.contiguous(), group=group.process_group, async_op=True)
-    return _after(work, out)
+    return _after(work, out, group)
 
 
 def start_reduce_scatter(x: Tensor, group: Group) -> Wait:
@@ -59,7 +60,7 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Wait:
         return lambda: x
     out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
     work = _reduce_scatter(out, x.contiguous(), group=group.process_group, async_op=True)
-    return _after(work, out)
+    return _after(work, out, group)
 
 
 def start_exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Wait:
@@ -70,7 +71,7 @@ def start_exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], grou
     out = x.new_empty((sum(received), *x.shape[1:]))
     source = x.contiguous()
     work = dist.all_to_all_single(out, source, list(received), list(sent), group=group.process_group, async_op=True)
-    return _after(work, out)
+    return _after(work, out, group)
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
@@ -91,13 +92,15 @@ def _all_to_all(x: Tensor, group: Group) -> Tensor:
         return x
     x = x.contiguous()
     out = torch.empty_like(x)
-    dist.all_to_all_single(out, x, group=group.process_group)
+    with group.waiting:
+        dist.all_to_all_single(out, x, group=group.process_group)
     return out
 
 
-def _after(work: Any, out: Tensor) -> Wait:
+def _after(work: Any, out: Tensor, group: Group) -> Wait:
     def wait() -> Tensor:
-        work.wait()
+        with group.waiting:
+            work.wait()
         return out
 
     return wait

@@ -98,7 +98,7 @@ class ContextParallel:
         """Of a mesh. The ring gets a process group of its own, so that its transfers wait for no others."""
         ring = mesh.axis("ring")
         if ring.size > 1:
-            ring = Group(ring.ranks, ring.index, mesh.new_process_group(ring.ranks))
+            ring = Group(ring.ranks, ring.index, mesh.new_process_group(ring.ranks), mesh.waiting)
         return cls(ring, mesh.axis("all_to_all"))
 
     @property
@@ -230,8 +230,9 @@ def _pass_on(x: Tensor | tuple[Tensor, Tensor], ring: Group, leap: int) -> Wait:
     pending = (dist.batch_isend_irecv(transfers), x)  # what is sent stays alive until it has left
 
     def wait() -> Tensor:
-        for work in pending[0]:
-            work.wait()
+        with ring.waiting:
+            for work in pending[0]:
+                work.wait()
         return came
 
     return wait

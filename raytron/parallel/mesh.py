@@ -11,7 +11,7 @@ to make equally many in the same order: a rank that has no part in a group stand
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from raytron.parallel.layout import Place
+from raytron.parallel.waiting import Waiting
 from raytron.plan.mesh import Axis, Coords, MeshShape
 
 
@@ -29,6 +30,7 @@ class Group:
     ranks: tuple[int, ...]  # in the world, ascending
     index: int  # of this rank among `ranks`
     process_group: dist.ProcessGroup | None = None
+    waiting: Waiting = field(default_factory=Waiting, compare=False, repr=False)  # its mesh's
 
     @property
     def size(self) -> int:
@@ -70,6 +72,7 @@ class Mesh:
         self.rank = rank
         self.device = torch.device("cpu") if device is None else device
         self.coords: Coords = shape.coords(rank)
+        self.waiting = Waiting()  # for other ranks, on the host
         self._groups: dict[tuple[int, ...], Group] = {}
         self.world = self.group(tuple(range(world)))
         self.tp = self.axis("tp")
@@ -104,11 +107,11 @@ class Mesh:
         if ranks not in self._groups:
             index = ranks.index(self.rank)
             if len(ranks) == 1:
-                made = Group(ranks, index)
+                made = Group(ranks, index, None, self.waiting)
             elif len(ranks) == self.shape.world:
-                made = Group(ranks, index, dist.group.WORLD)
+                made = Group(ranks, index, dist.group.WORLD, self.waiting)
             else:
-                made = Group(ranks, index, self.new_process_group(ranks))
+                made = Group(ranks, index, self.new_process_group(ranks), self.waiting)
             self._groups[ranks] = made
         return self._groups[ranks]
 

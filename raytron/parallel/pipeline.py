@@ -79,8 +79,9 @@ def messages(schedule: Schedule, source: int, target: int) -> list[Key]:
 class Channel:
     """One directed pair of ranks, seen from one end: the sender uses `send`, the receiver `expect` and `take`."""
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device):
-        self.group, self.peer, self.device = group, peer, device  # peer: the other end's rank in the world
+    def __init__(self, group: dist.ProcessGroup, peer: int, mesh: Mesh):
+        self.group, self.peer = group, peer  # the other end's rank in the world
+        self.device, self.waiting = mesh.device, mesh.waiting
         self.sending: deque[tuple[Any, Tensor]] = deque()
         self.expected: deque[Key] = deque()
         self.posted: tuple[Key, Any, Tensor] | None = None
@@ -111,7 +112,8 @@ class Channel:
             if self.posted is None:
                 raise RuntimeError(f"{key} was never announced on this channel")
             arrived, work, buffer = self.posted
-            work.wait()
+            with self.waiting:
+                work.wait()
             self.stash[arrived] = buffer
             self.posted = None
             self._post()
@@ -119,8 +121,9 @@ class Channel:
 
     def drain(self) -> None:
         """Waits until all that was sent has left."""
-        while self.sending:
-            self.sending.popleft()[0].wait()
+        with self.waiting:
+            while self.sending:
+                self.sending.popleft()[0].wait()
 
     def _post(self) -> None:
         if self.expected and self.posted is None:
@@ -144,9 +147,9 @@ class Links:
             if other == here:
                 continue
             if messages(schedule, here, other):
-                self.outgoing[other] = Channel(up if here < other else down, rank, mesh.device)
+                self.outgoing[other] = Channel(up if here < other else down, rank, mesh)
             if messages(schedule, other, here):
-                self.incoming[other] = Channel(up if other < here else down, rank, mesh.device)
+                self.incoming[other] = Channel(up if other < here else down, rank, mesh)
 
         self._open(here, len(ranks))
 

@@ -57,7 +57,7 @@ class AtOnce:
 
     def __init__(self, engine: Engine):
         self.engine, mesh = engine, engine.mesh
-        self.hosts = Group(mesh.world.ranks, mesh.rank, mesh.control)
+        self.hosts = Group(mesh.world.ranks, mesh.rank, mesh.control, mesh.waiting)
         self.unheard: Unheard | None = None
 
     def step(

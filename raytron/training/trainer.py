@@ -6,7 +6,6 @@ consumed samples. Random numbers need no state, since they are a function of the
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from raytron.checkpoint.checkpointer import save as save_slices
 from raytron.config import to_mapping
 from raytron.data.batch import TokenStream
 from raytron.errors import CheckpointError
+from raytron.observe.busy import BusyClock
 from raytron.observe.records import Record
 from raytron.observe.trace import Tracer
 from raytron.optim.lr import learning_rate
@@ -54,7 +54,8 @@ class Trainer:
         self.plan, self.mesh, self.stream, self.validation = plan, mesh, stream, validation
         self.data_digest = data_digest
         self.tracer = tracer
-        self.engine = Engine(plan, mesh, tracer)
+        self.clock = BusyClock(mesh, tracer)
+        self.engine = Engine(plan, mesh, self.clock.watch)
         self.at_once = AtOnce(self.engine) if plan.config.optimizer.at_once else None
         self._started: deque[Started] = deque()
         self.step = 0  # committed steps
@@ -67,7 +68,7 @@ class Trainer:
 
         request: bits that this rank was asked for; the record's `request` is the union over all ranks.
         """
-        start = time.perf_counter()
+        self.clock.begin()
         config = self.plan.config
         sequences = config.batch_size_at(self.consumed)
         batch = self.stream.batch(self.consumed, sequences, self.mesh.coords.dp, self.mesh.shape.dp)
@@ -82,7 +83,7 @@ class Trainer:
             self.tracer.finish()
         self.consumed += sequences
         self.step += 1
-        self._started.append(Started(self.step, lr, sequences, used_scale, time.perf_counter() - start))
+        self._started.append(Started(self.step, lr, sequences, used_scale, self.clock.end(self.step)))
         return self._record(result)
 
     def settle(self) -> Record | None:
