@@ -146,6 +146,15 @@ def stop(given: argparse.Namespace) -> int:
     return 0
 
 
+def remesh(given: argparse.Namespace) -> int:
+    run = lazy("attach")(given.run, given.address)
+    try:
+        print(run.remesh(**lazy("overrides")(given.overrides)))
+    finally:
+        run.close()
+    return 0
+
+
 def lazy(name: str) -> Callable[..., Any]:
     """What a command needs from another module."""
     module, attribute = LAZY[name]
@@ -209,6 +218,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run directory")
     made.add_argument("config", metavar="CONFIG", help="of the run to make: a YAML file, or the name of a preset")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. model.experts.count=8")
+    made = add(remesh, "give a run at work another mesh, live, from its next step on")
+    made.add_argument("run", metavar="RUN", help="the name of a run, or its directory")
+    made.add_argument("overrides", metavar="key=value", nargs="+", help="e.g. mesh.tp=4 mesh.dp=1")
+    made.add_argument("--address", help="of the Ray cluster; else the run directory or RAY_ADDRESS tells")
     for command, text in ((status, "show where a run, or every run, stands"), (stop, "make a run save and stop")):
         made = add(command, text)
         run = made.add_argument("run", metavar="RUN", help="the name of a run, or its directory")

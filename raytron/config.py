@@ -287,7 +287,17 @@ class ClusterConfig:
     detached: bool = False  # the run outlives the process that launched it
     timeout_s: float = 120.0  # of one collective; a rank silent for longer counts as lost
     placement_timeout_s: float = 600.0  # how long to wait for room on the cluster before the run fails
-    max_restarts: int = 3  # restarts from the last commit before the run gives up
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """How a run comes back after it has lost workers."""
+
+    memory_every: int | None = 1  # steps between copies of the state in (other nodes') host memory; None: no copies
+    spares: int = 0  # workers that wait, started, to take a lost one's place
+    heartbeat_s: float = 4.0  # a worker that does not answer for longer counts as lost
+    max_restarts: int = 20  # losses within window_s before the run gives up; preempted machines don't count
+    window_s: float = 3600.0
 
 
 @dataclass(frozen=True)
@@ -321,6 +331,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     @property
@@ -372,6 +383,11 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
         raw = {}
     if not isinstance(raw, Mapping):
         raise ConfigError([Problem(str(source)[:80], "holds no mapping of keys", "write `key: value` lines")])
+    return from_mapping(_merged(raw, parse_overrides(overrides)))
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`key=value` texts, with dotted keys and YAML values, by key. Raises ConfigError for all that can't be read."""
     changes: dict[str, Any] = {}
     found: list[Problem] = []
     for item in overrides:
@@ -385,7 +401,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
             found.append(Problem(key, f"the value {text!r} is not valid YAML", "quote it"))
     if found:
         raise ConfigError(found)
-    return from_mapping(_merged(raw, changes))
+    return changes
 
 
 def from_mapping(raw: Mapping[str, Any]) -> RunConfig:

@@ -130,7 +130,9 @@ RANGES: tuple[Range, ...] = (
     *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
     *_at_least(1, "checkpoint.every checkpoint.keep_last evaluate.every evaluate.prompt_tokens"),
-    *_at_least(0, "evaluate.batches cluster.max_restarts"),
+    *_at_least(0, "evaluate.batches recovery.max_restarts recovery.spares"),
+    *_at_least(1, "recovery.memory_every"),
+    *_more_than_zero("recovery.heartbeat_s recovery.window_s"),
     *_more_than_zero("observe.peak_tflops cluster.cpus_per_worker cluster.timeout_s cluster.placement_timeout_s"),
     *_at_least(1, "cluster.threads_per_worker"),
 )

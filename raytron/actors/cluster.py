@@ -1,8 +1,7 @@
-"""Ray as Raytron uses it: join or start a cluster, see what it has, hold a gang of workers on it, leave nothing behind.
+"""Ray as Raytron uses it: join or start a cluster, and see what it has.
 
 A cluster is joined when `cluster.address` or RAY_ADDRESS says so (inside a Ray job it does); otherwise a local Ray is
-started, and stopped with the run. Bundle order promises nothing about neighbourhood: ranks are dealt out after the
-placement groups stand, by node address and device id.
+started, and stopped with the run.
 """
 
 from __future__ import annotations
@@ -10,37 +9,23 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import state as ray_state  # no public call tells what is free on each node
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # nothing public rereads the environment
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytron.actors import placement
-from raytron.actors.recovery import WorkersLost
-from raytron.actors.versions import mismatches, versions
-from raytron.actors.worker import Facts, OpenTrainer, WorkerActor
 from raytron.config import ClusterConfig
 from raytron.errors import ClusterError
 from raytron.plan.cluster import ClusterShape, NodeShape
-from raytron.plan.plan import Plan
-from raytron.training.open import open_trainer
 
 NAMESPACE = "raytron"
 STORE_BYTES = 512 * 2**20  # of a local Ray: descriptions travel through it, tensors don't
 AUTH_MODE = "RAY_AUTH_MODE"
 KNOCK_S = 10.0
 LOCAL_CPUS_PER_CORE, FEWEST_LOCAL_CPUS = 4, 8  # that a local Ray may say it has, for workers that share cores
-PATIENCE_S = 10.0  # before a wait is explained
-POLL_S = 0.5
-
-Say = Callable[..., None]  # (kind of event, message, **facts)
 
 
 @dataclass(frozen=True)
@@ -117,16 +102,17 @@ def _knock(address: str) -> None:
 
 def survey() -> ClusterShape:
     """The living nodes, by address, with what they have in all."""
-    return ClusterShape(tuple(_node(node, node["Resources"]) for node in _alive()))
+    return ClusterShape(tuple(_node(node, node["Resources"]) for node in living()))
 
 
 def free() -> list[NodeShape]:
     """The living nodes with what is free on them now."""
     left = ray_state.available_resources_per_node()
-    return [_node(node, left.get(node["NodeID"], {})) for node in _alive()]
+    return [_node(node, left.get(node["NodeID"], {})) for node in living()]
 
 
-def _alive() -> list[dict[str, Any]]:
+def living() -> list[dict[str, Any]]:
+    """The nodes that Ray holds for alive, by address."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return sorted(nodes, key=lambda node: (placement.address_key(node["NodeManagerAddress"]), node["NodeID"]))
 
@@ -140,140 +126,3 @@ def _node(node: dict[str, Any], resources: dict[str, float]) -> NodeShape:
         memory_bytes=int(resources.get("memory", 0)),
         device_name=kinds[0] if kinds else None,
     )
-
-
-@dataclass(frozen=True)
-class Seat:
-    """A place for one worker: a bundle of a placement group."""
-
-    group: Any
-    bundle: int
-
-
-class Gang:
-    """The workers of one plan, each on its seat, by rank. `fill` makes those that are missing."""
-
-    def __init__(self, run: str, plan: Plan, say: Say, open_trainer: OpenTrainer = open_trainer):
-        self.run, self.plan, self.say = run, plan, say
-        self.config = plan.config.cluster
-        assert plan.cluster is not None
-        self.device = plan.cluster.device(self.config)
-        self._open_trainer = open_trainer
-        self._groups: list[Any] = []
-        self._seats: dict[int, Seat] = {}
-        self._made = 0  # actors ever made: names stay unique
-        self.workers: dict[int, Any] = {}
-        self.facts: dict[int, Facts] = {}
-
-    def fill(self, witness: Path) -> None:
-        """Places and spawns what is missing. Raises ClusterError where there is no room, or versions differ."""
-        if not self._groups:
-            self._place()
-        new = [rank for rank in range(self.plan.mesh.world) if rank not in self.workers]
-        for rank in new:
-            self.workers[rank] = self._spawn(rank)
-        calls = {rank: self.workers[rank].describe.remote(witness) for rank in new}
-        self._wait(list(calls.values()), "workers not ready", lambda: f"{len(new)} are starting and importing torch")
-        for rank, call in calls.items():
-            try:
-                self.facts[rank] = ray.get(call)
-            except ray.exceptions.RayActorError:
-                raise WorkersLost([rank], "died while it started") from None
-        self._check(new)
-        if len(new) == self.plan.mesh.world:
-            self._order()
-
-    def neighbours(self, rank: int) -> int:
-        """Workers on the node of a rank, itself included."""
-        return sum(facts.node_id == self.facts[rank].node_id for facts in self.facts.values())
-
-    def drop(self, ranks: Iterable[int]) -> None:
-        """Kills some workers; their seats are free again."""
-        for rank in list(ranks):
-            worker = self.workers.pop(rank, None)
-            self.facts.pop(rank, None)
-            if worker is not None:
-                ray.kill(worker)
-
-    def close(self) -> None:
-        """Kills all workers and gives their places back."""
-        self.drop(list(self.workers))
-        for group in self._groups:
-            remove_placement_group(group)
-        self._groups = []
-
-    def _place(self) -> None:
-        assert self.plan.cluster is not None
-        slots = placement.slots(self.plan.cluster, self.config)
-        sets = placement.groups(self.plan.mesh, placement.fill(self.plan.mesh.world, slots))
-        asked = [[placement.resources(bundle, self.config, self.device) for bundle in bundles] for bundles in sets]
-        self._groups = [placement_group(bundles, strategy="PACK") for bundles in asked]
-        wanted = [bundle for bundles in asked for bundle in bundles]
-        self._wait(
-            [group.ready() for group in self._groups],
-            "no room on the cluster",
-            lambda: placement.missing(wanted, free()),
-        )
-        homes = [_addresses(group) for group in self._groups]
-        found = placement.seats(sets, homes)
-        self._seats = {rank: Seat(self._groups[group], bundle) for rank, (group, bundle) in found.items()}
-
-    def _wait(self, calls: list[Any], what: str, why: Callable[[], str]) -> None:
-        """Waits for calls; says what it waits for, and why, when that takes long. Raises ClusterError in the end."""
-        start, told = time.monotonic(), False
-        while True:
-            _, left = ray.wait(calls, num_returns=len(calls), timeout=POLL_S)
-            waited = time.monotonic() - start
-            if not left:
-                return
-            if waited > PATIENCE_S and not told:
-                told = True
-                self.say("waiting", f"waiting, {what} yet: {why()}")
-            if waited > self.config.placement_timeout_s:
-                limit = f"{what} after {self.config.placement_timeout_s:g} s: {why()}"
-                raise ClusterError(f"{limit}\n    remedy: stop other work, add nodes, or use a smaller mesh")
-
-    def _spawn(self, rank: int) -> Any:
-        seat = self._seats[rank]
-        self._made += 1
-        return WorkerActor.options(
-            name=f"raytron/{self.run}/worker-{rank}" + (f".{self._made}" if self._made > self.plan.mesh.world else ""),
-            namespace=NAMESPACE,
-            num_cpus=self.config.cpus_per_worker,
-            num_gpus=1 if self.device == "cuda" else 0,
-            max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle),
-        ).remote(rank, self.plan.mesh, self._open_trainer)
-
-    def _check(self, ranks: Iterable[int]) -> None:
-        """Raises ClusterError where workers run other code, or don't see the run directory."""
-        here, found = versions(), []
-        for rank in ranks:
-            facts = self.facts[rank]
-            where = f"node {facts.ip} (rank {rank})"
-            found += [f"{where} has {text}" for text in mismatches(here, facts.versions)]
-            if not facts.sees:
-                found.append(f"{where} does not see the run directory")
-        if found:
-            remedy = "remedy: install the same versions everywhere; put run_dir on storage that all nodes share"
-            raise ClusterError("\n    ".join(["the nodes of the cluster differ", *found, remedy]))
-
-    def _order(self) -> None:
-        """Deals ranks out anew by device id within each bundle (bundles stand in node order already)."""
-        seats = {rank: (self._seats[rank].group.id.hex(), self._seats[rank].bundle) for rank in self.workers}
-        first = {seat: min(rank for rank in seats if seats[rank] == seat) for seat in set(seats.values())}
-
-        def key(rank: int) -> tuple[int, int, int]:
-            gpu = self.facts[rank].gpu
-            return first[seats[rank]], int(gpu) if gpu is not None and gpu.isdigit() else 0, rank
-
-        order = sorted(self.workers, key=key)
-        self.workers = {rank: self.workers[old] for rank, old in enumerate(order)}
-        self.facts = {rank: self.facts[old] for rank, old in enumerate(order)}
-
-
-def _addresses(group: Any) -> list[str]:
-    """The node address of each bundle of a placement group that stands."""
-    address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    homes = placement_group_table(group)["bundles_to_node_id"]
-    return [address.get(homes[index], "") for index in sorted(homes)]

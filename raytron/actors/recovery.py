@@ -9,10 +9,12 @@ A restart goes on from the newest good generation. This version makes the same m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 
 from ray.exceptions import RayActorError, RayTaskError
 
+from raytron.actors.budget import Kind
 from raytron.actors.worker import PeerError
 from raytron.errors import WorkerError
 from raytron.plan.plan import Plan
@@ -21,12 +23,17 @@ from raytron.plan.plan import Plan
 class WorkersLost(Exception):
     """Some ranks are gone, or silent. ranks: those to replace; the others may be rebuilt in place."""
 
-    def __init__(self, ranks: Collection[int], why: str):
-        self.ranks, self.why = tuple(sorted(ranks)), why
-        super().__init__(f"ranks {', '.join(map(str, self.ranks)) or 'none'}: {why}")
+    def __init__(self, ranks: Collection[int], why: str, *, preempted: bool = False):
+        self.ranks, self.why, self.preempted = tuple(sorted(ranks)), why, preempted
+        named = f"rank{'s' if len(self.ranks) != 1 else ''} {', '.join(map(str, self.ranks)) or 'none'}"
+        super().__init__(f"{named}: {why}")
 
-    def __reduce__(self) -> tuple[type, tuple[tuple[int, ...], str]]:
-        return type(self), (self.ranks, self.why)
+    def __reduce__(self) -> tuple[object, ...]:
+        return functools.partial(type(self), preempted=self.preempted), (self.ranks, self.why)
+
+    @property
+    def kind(self) -> Kind:
+        return Kind.PREEMPTED if self.preempted else Kind.CRASHED
 
 
 def is_death(error: BaseException) -> bool:
@@ -50,7 +57,9 @@ def verdict(failures: Mapping[int, BaseException], silent: Collection[int]) -> B
     """The exception that some failed ranks amount to. silent: ranks that have not answered yet."""
     dead = {rank for rank, error in failures.items() if is_death(error)}
     if dead:
-        return WorkersLost(dead, "the process died" if len(dead) == 1 else "their processes died")
+        away = all(getattr(failures[rank], "preempted", False) for rank in dead)
+        how = "was preempted" if away else "died"
+        return WorkersLost(dead, f"the process {how}" if len(dead) == 1 else f"their processes {how}", preempted=away)
     own = [(rank, error) for rank, error in sorted(failures.items()) if not isinstance(cause_of(error), PeerError)]
     for rank, error in own:
         cause = cause_of(error)

@@ -22,8 +22,10 @@ from typing import Any
 import ray
 
 from raytron import presets
+from raytron.actors.chronicle import News
 from raytron.actors.cluster import AUTH_MODE, NAMESPACE, Session, connect, follow_auth, join, own_room
-from raytron.actors.controller import ControllerActor, News, Seams
+from raytron.actors.controller import ControllerActor, Seams
+from raytron.actors.recovery import cause_of
 from raytron.actors.worker import Request
 from raytron.config import RunConfig
 from raytron.data.check import data_problems
@@ -167,6 +169,14 @@ class Run:
         """Asks the run to save and stop after the step that is under way; returns at once."""
         self._ask("request", int(Request.STOP))
 
+    def remesh(self, **overrides: Any) -> str:
+        """Asks for another mesh, live, after the step that is under way: `run.remesh(**{"mesh.tp": 4, "mesh.dp": 1})`.
+
+        Keys of mesh, pipeline, data_parallel and memory, and micro_batch_size. Returns the page of the new plan at once.
+        Raises ConfigError where that plan has problems, and then nothing changes.
+        """
+        return str(self._ask("remesh", overrides))
+
     def wait(self, timeout_s: float | None = None, on_news: Watcher | None = None) -> Result:
         """The result, once the run is over; the owner's run is then closed. Raises what it failed with, or TimeoutError.
 
@@ -236,6 +246,8 @@ class Run:
             raise ClusterError(f"this Run of {self.name} is closed; its files are in {self.run_dir}")
         try:
             return ray.get(getattr(self._controller, method).remote(*arguments), timeout=60)
+        except ray.exceptions.RayTaskError as error:
+            raise cause_of(error) from None
         except ray.exceptions.RayActorError as error:
             raise ClusterError(f"the controller of {self.name} is gone: {str(error).splitlines()[0]}") from None
         except ray.exceptions.GetTimeoutError:

@@ -41,6 +41,9 @@ from raytron.plan.plan import Plan
 from raytron.training.open import open_trainer
 
 BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+IDLE = "waiting"
+WAITING_IN = (os.path.join("torch", "distributed"), os.path.join("parallel", "collectives.py"))
+WAITING_FRAMES = 4  # that the innermost call of a wait may lie above it
 PEER_WORDS = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe", "store", "socket")
 
 
@@ -50,6 +53,7 @@ class Request(IntFlag):
     NONE = 0
     STOP = 1
     CHECKPOINT = 2
+    PAUSE = 4  # end the segment: the controller has something to do
 
 
 class PeerError(WorkerError):
@@ -98,6 +102,16 @@ class Orders:
     neighbours: int  # workers on the same node, this one included
 
 
+class Beat(NamedTuple):
+    """A sign of life: what a rank does, for how many seconds, and whether it waits for other ranks."""
+
+    step: int | None  # committed; None: not built
+    doing: str
+    seconds: float
+    waits: bool
+    records: list[Record]  # of rank 0: the steps that the controller does not know yet
+
+
 class Reached(NamedTuple):
     """Where a segment ended, and what the ranks were asked for."""
 
@@ -108,22 +122,20 @@ class Reached(NamedTuple):
 class Worker:
     """A rank. `open_trainer` is given once; a worker may be built many times, after others were lost."""
 
-    def __init__(self, rank: int, shape: MeshShape, open_trainer: OpenTrainer = open_trainer):
-        self.rank, self.shape = rank, shape
+    def __init__(self, number: int, open_trainer: OpenTrainer = open_trainer):
+        self.number = number
+        self.rank, self.shape = -1, MeshShape()
         self._open_trainer = open_trainer
         self._trainer: TrainerLike | None = None
         self._request = Request.NONE
         self._records: deque[Record] = deque()
-        self._doing = "waiting"
+        self._doing = IDLE
         self._since = time.monotonic()
+        self._thread = 0  # that does the work
         self._leaving = threading.Lock()
 
     def __repr__(self) -> str:
-        return (
-            f"Worker(rank={self.rank} {self.shape.coords(self.rank)})"
-            if hasattr(self, "rank")
-            else "Worker(not started)"
-        )
+        return f"Worker({self.number})" if hasattr(self, "number") else "Worker(not started)"
 
     # ---- the work, one call at a time
 
@@ -200,34 +212,39 @@ class Worker:
         return Facts(socket.gethostname(), ip, node, os.getpid(), gpu, name, versions(), sees)
 
     @control
-    def status(self) -> Record:
-        """What this rank does, and for how many seconds."""
-        step = self._trainer.step if self._trainer is not None else None
-        seconds = time.monotonic() - self._since
-        return {"rank": self.rank, "step": step, "doing": self._doing, "seconds": seconds, "pid": os.getpid()}
+    def beat(self, after: int, request: int) -> Beat:
+        """A sign of life, with the records of steps after `after`; earlier ones are forgotten.
 
-    @control
-    def drain(self, after: int) -> list[Record]:
-        """The records of steps after `after`; earlier ones are forgotten."""
+        request: what all ranks shall hear of with the next step.
+        """
+        self._request |= Request(request)
         while self._records and self._records[0]["step"] <= after:
             self._records.popleft()
-        return list(self._records)
-
-    @control
-    def request(self, request: int) -> None:
-        """Asks for something; all ranks hear of it with the next step."""
-        self._request |= Request(request)
+        step = None if self._trainer is None else self._trainer.step
+        seconds = 0.0 if self._doing == IDLE else time.monotonic() - self._since
+        return Beat(step, self._doing, seconds, self._waits(), list(self._records) if self.rank == 0 else [])
 
     @control
     def stacks(self) -> str:
         """The stack of every thread of this process."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        parts = [f"{self!r} is at {self._doing}"]
+        parts = [f"rank {self.rank} ({self!r}) is at {self._doing}"]
         for ident, frame in sys._current_frames().items():
             parts.append(f"thread {names.get(ident, ident)}\n" + "".join(traceback.format_stack(frame)))
         return "\n".join(parts)
 
     # ---- inside
+
+    def _waits(self) -> bool:
+        """Whether the thread that works is in a collective or a transfer: held up by others, not by itself."""
+        frame = sys._current_frames().get(self._thread)
+        for _ in range(WAITING_FRAMES):
+            if frame is None:
+                return False
+            if any(part in frame.f_code.co_filename for part in WAITING_IN):
+                return True
+            frame = frame.f_back
+        return False
 
     def _built(self) -> TrainerLike:
         if self._trainer is None:
@@ -235,7 +252,7 @@ class Worker:
         return self._trainer
 
     def _drop(self) -> None:
-        self._trainer, self._request, self._doing = None, Request.NONE, "waiting"
+        self._trainer, self._request, self._doing = None, Request.NONE, IDLE
         self._records.clear()
         gc.collect()
         with self._leaving:
@@ -244,7 +261,7 @@ class Worker:
     @contextmanager
     def _telling(self, doing: str) -> Iterator[None]:
         """Says what this rank does; an exception becomes a WorkerError, and frees the peers that wait for this rank."""
-        self._doing, self._since = doing, time.monotonic()
+        self._doing, self._since, self._thread = doing, time.monotonic(), threading.get_ident()
         try:
             yield
         except Exception as error:
@@ -254,7 +271,7 @@ class Worker:
             failure = kind(self.rank, where, cause, "".join(traceback.format_exception(error)))
             threading.Thread(target=self._free_peers, daemon=True).start()
             raise failure from None
-        self._doing, self._since = "waiting", time.monotonic()
+        self._doing, self._since = IDLE, time.monotonic()
 
     def _free_peers(self) -> None:
         """Closing a group makes gloo raise in the ranks that wait in it."""

@@ -60,7 +60,7 @@ def test_more_steps_keep_the_horizon_that_the_run_began_with(begun, config):
         {"pipeline.schedule": "zb-h1"},
         {"data_parallel.zero": 2},
         {"micro_batch_size": 4},
-        {"checkpoint.every": 7, "evaluate.every": 7, "observe.tensorboard": True, "cluster.max_restarts": 0},
+        {"checkpoint.every": 7, "evaluate.every": 7, "observe.tensorboard": True, "recovery.max_restarts": 0},
     ],
     ids=str,
 )

@@ -1,0 +1,299 @@
+"""The workers of a run: who lives, who sits where, who has which rank in this epoch, who waits as a spare.
+
+    node A  [0] [1] [2] [3]        seats, in the order of ranks; each is a place in a bundle of a placement group
+    node B  [4] [5] [6] [7]        a member is a worker on a seat
+            rank 0 … 6      spare  `deal` gives ranks to members; those without one are spares
+
+Bundle order promises nothing about neighbourhood: seats are numbered after the placement groups stand, by node address and
+device id. The first placement makes one group for each smallest set of nodes that holds whole replicas; what is added
+later, one for each node.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raytron.actors import placement
+from raytron.actors.cluster import NAMESPACE, free, living
+from raytron.actors.versions import mismatches, versions
+from raytron.actors.worker import Facts, OpenTrainer, WorkerActor
+from raytron.errors import ClusterError
+from raytron.plan.mesh import MeshShape
+from raytron.plan.plan import Plan
+from raytron.training.open import open_trainer
+
+PATIENCE_S = 10.0  # before a wait is explained
+POLL_S = 0.5
+ATTEMPTS = 3  # for a worker to start
+
+Say = Callable[..., None]  # (kind of event, message, **facts)
+
+
+class Seat(NamedTuple):
+    """A place for one worker: in a bundle of a placement group."""
+
+    number: int
+    group: Any
+    bundle: int
+
+
+@dataclass
+class Member:
+    """A worker that was made. facts: None while it starts."""
+
+    number: int
+    seat: Seat
+    actor: Any
+    asked: Any  # the call that brings its facts
+    facts: Facts | None = None
+
+
+class Gang:
+    """The workers of one run. `fill` makes those that are missing, `deal` gives them ranks, `drop` ends some."""
+
+    def __init__(self, run: str, plan: Plan, say: Say, open_trainer: OpenTrainer = open_trainer):
+        self.run, self.plan, self.say = run, plan, say
+        self.config = plan.config.cluster
+        assert plan.cluster is not None
+        self.device = plan.cluster.device(self.config)
+        self._open_trainer = open_trainer
+        self._groups: list[Any] = []
+        self._seats: list[Seat] = []
+        self._made = itertools.count()
+        self.members: dict[int, Member] = {}
+        self.ranks: dict[int, Member] = {}
+
+    @property
+    def workers(self) -> dict[int, Any]:
+        """The actors that have a rank."""
+        return {rank: member.actor for rank, member in self.ranks.items()}
+
+    @property
+    def facts(self) -> dict[int, Facts]:
+        """Where the ranks live."""
+        return {rank: member.facts for rank, member in self.ranks.items() if member.facts is not None}
+
+    @property
+    def ready(self) -> list[Member]:
+        """Members that have started, by number."""
+        return [member for member in self.members.values() if member.facts is not None]
+
+    @property
+    def spares(self) -> list[Member]:
+        """Members that have started and have no rank."""
+        busy = {member.number for member in self.ranks.values()}
+        return [member for member in self.ready if member.number not in busy]
+
+    # ---- more of them
+
+    def fill(self, count: int, witness: Path) -> None:
+        """Waits until `count` members are ready, making those that are missing. witness: a file that all have to see.
+
+        Raises ClusterError where there is no room, workers die while they start, or versions differ.
+        """
+        for _ in range(ATTEMPTS):
+            self.start(count, witness)
+            calls = [member.asked for member in self.members.values() if member.facts is None]
+            self._wait(calls, "workers not ready", f"{len(calls)} are starting and importing torch")
+            self.settle()
+            if len(self.ready) >= count:
+                return
+        raise ClusterError(f"workers died while they started, {ATTEMPTS} times in a row: see their logs in Ray")
+
+    def start(self, count: int, witness: Path, *, wait: bool = True) -> None:
+        """Makes members until there are `count`, without waiting for them to be ready. wait: for room on the cluster, else
+        as many as there is room for."""
+        lacking = count - len(self.members)
+        if lacking > 0 and len(self._usable()) < lacking:
+            self._place(lacking - len(self._usable()), wait)
+        for seat in self._usable()[: max(0, lacking)]:
+            number = next(self._made)
+            actor = self._spawn(number, seat)
+            self.members[number] = Member(number, seat, actor, actor.describe.remote(witness))
+
+    def settle(self) -> list[Member]:
+        """Looks who has started since; those who died are forgotten. Raises ClusterError where versions differ."""
+        starting = {member.asked: member for member in self.members.values() if member.facts is None}
+        done = ray.wait(list(starting), num_returns=len(starting), timeout=0)[0] if starting else []
+        new = []
+        for call in done:
+            member = starting[call]
+            try:
+                member.facts = ray.get(call)
+                new.append(member)
+            except ray.exceptions.RayActorError:
+                del self.members[member.number]
+        self._check(new)
+        return new
+
+    def room(self) -> int:
+        """How many members could be added now, on free seats and elsewhere on the cluster."""
+        slots = [node.slots(self.config, self.device) for node in free()]
+        return len(self._usable()) + sum(slots)
+
+    # ---- ranks
+
+    def deal(self, mesh: MeshShape) -> None:
+        """Gives the ranks of a mesh to ready members. Where the mesh is as large as before, who had a rank keeps it."""
+        self._forget_dead_spares()
+        ready = self._in_order(self.ready)
+        if len(ready) < mesh.world:
+            raise ClusterError(f"{mesh} needs {mesh.world} workers, and {len(ready)} are ready")
+        alive = {member.number for member in ready}
+        kept = {rank: member for rank, member in self.ranks.items() if member.number in alive}
+        if mesh.world == self._world and kept:
+            taken = {member.number for member in kept.values()}
+            others = iter(member for member in ready if member.number not in taken)
+            self.ranks = {rank: kept[rank] if rank in kept else next(others) for rank in range(mesh.world)}
+        else:
+            self.ranks = dict(enumerate(ready[: mesh.world]))
+        self._world = mesh.world
+
+    _world = 0  # of the mesh that was dealt last
+
+    def _in_order(self, members: Iterable[Member]) -> list[Member]:
+        """Members by node, in the order of their seats, and by device on a node."""
+        members = list(members)
+        first: dict[str, int] = {}
+        for member in members:
+            node = _facts(member).node_id
+            first[node] = min(first.get(node, member.seat.number), member.seat.number)
+
+        def key(member: Member) -> tuple[int, int, int]:
+            gpu = _facts(member).gpu
+            return first[_facts(member).node_id], int(gpu) if gpu and gpu.isdigit() else 0, member.seat.number
+
+        return sorted(members, key=key)
+
+    def _forget_dead_spares(self) -> None:
+        calls = {member.actor.describe.remote(): member for member in self.spares}
+        if calls:
+            back, late = ray.wait(list(calls), num_returns=len(calls), timeout=2.0)
+            self.drop([calls[call] for call in late] + [calls[call] for call in back if failed(call)])
+
+    def neighbours(self, rank: int) -> int:
+        """Workers on the node of a rank, itself included."""
+        return sum(facts.node_id == self.facts[rank].node_id for facts in self.facts.values())
+
+    # ---- fewer of them
+
+    def drop(self, members: Iterable[Member]) -> None:
+        """Kills some members; their seats are free again."""
+        for member in list(members):
+            if self.members.pop(member.number, None) is not None:
+                ray.kill(member.actor)
+        self.ranks = {rank: member for rank, member in self.ranks.items() if member.number in self.members}
+
+    def close(self) -> None:
+        """Kills all workers and gives their places back."""
+        self.drop(self.members.values())
+        for group in self._groups:
+            remove_placement_group(group)
+        self._groups, self._seats = [], []
+
+    # ---- places
+
+    def _usable(self) -> list[Seat]:
+        """Seats that nobody has, on nodes that live."""
+        taken = {member.seat.number for member in self.members.values()}
+        vacant = [seat for seat in self._seats if seat.number not in taken]
+        alive = {node["NodeID"] for node in living()} if vacant else set()
+        return [seat for seat in vacant if _homes(seat.group).get(seat.bundle) in alive]
+
+    def _place(self, count: int, wait: bool) -> None:
+        """Seats for `count` more workers."""
+        if not self._seats and count == self.plan.mesh.world:
+            assert self.plan.cluster is not None
+            sets = placement.groups(
+                self.plan.mesh, placement.fill(count, placement.slots(self.plan.cluster, self.config))
+            )
+        else:
+            slots = [node.slots(self.config, self.device) for node in free()]
+            lacking = count - sum(slots)
+            if lacking > 0 and wait:
+                slots.append(lacking)  # a group that waits for its node
+            sets = [[bundle] for bundle in placement.fill(min(count, sum(slots)), slots)]
+        asked = [[placement.resources(bundle, self.config, self.device) for bundle in bundles] for bundles in sets]
+        groups = [placement_group(bundles, strategy="PACK") for bundles in asked]
+        self._groups += groups
+        wanted = [bundle for bundles in asked for bundle in bundles]
+        calls = [group.ready() for group in groups]
+        self._wait(calls, "no room on the cluster", lambda: placement.missing(wanted, free()))
+        address = {node["NodeID"]: node["NodeManagerAddress"] for node in living()}
+        homes = [[address.get(home, "") for _, home in sorted(_homes(group).items())] for group in groups]
+        found = placement.seats(sets, homes)
+        first = len(self._seats)
+        self._seats += [
+            Seat(first + at, groups[group], bundle) for at, (_, (group, bundle)) in enumerate(sorted(found.items()))
+        ]
+
+    def _wait(self, calls: list[Any], what: str, why: str | Callable[[], str]) -> None:
+        """Waits for calls; says what it waits for, and why, when that takes long. Raises ClusterError in the end."""
+        start, told = time.monotonic(), False
+
+        def reason() -> str:
+            return why if isinstance(why, str) else why()
+
+        while calls:
+            _, left = ray.wait(calls, num_returns=len(calls), timeout=POLL_S)
+            waited = time.monotonic() - start
+            if not left:
+                return
+            if waited > PATIENCE_S and not told:
+                told = True
+                self.say("waiting", f"waiting, {what} yet: {reason()}")
+            if waited > self.config.placement_timeout_s:
+                limit = f"{what} after {self.config.placement_timeout_s:g} s: {reason()}"
+                raise ClusterError(f"{limit}\n    remedy: stop other work, add nodes, or use a smaller mesh")
+
+    def _spawn(self, number: int, seat: Seat) -> Any:
+        return WorkerActor.options(
+            name=f"raytron/{self.run}/worker-{number}",
+            namespace=NAMESPACE,
+            num_cpus=self.config.cpus_per_worker,
+            num_gpus=1 if self.device == "cuda" else 0,
+            max_restarts=0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle),
+        ).remote(number, self._open_trainer)
+
+    def _check(self, members: Iterable[Member]) -> None:
+        """Raises ClusterError where workers run other code, or don't see the run directory."""
+        here, found = versions(), []
+        for member in members:
+            facts = _facts(member)
+            where = f"node {facts.ip} (worker {member.number})"
+            found += [f"{where} has {text}" for text in mismatches(here, facts.versions)]
+            if not facts.sees:
+                found.append(f"{where} does not see the run directory")
+        if found:
+            remedy = "remedy: install the same versions everywhere; put run_dir on storage that all nodes share"
+            raise ClusterError("\n    ".join(["the nodes of the cluster differ", *found, remedy]))
+
+
+def failed(call: Any) -> bool:
+    """Whether a call that has come back brings an exception."""
+    try:
+        ray.get(call)
+    except Exception:
+        return True
+    return False
+
+
+def _facts(member: Member) -> Facts:
+    assert member.facts is not None
+    return member.facts
+
+
+def _homes(group: Any) -> dict[int, str]:
+    """The node id of each bundle of a placement group."""
+    homes = placement_group_table(group)["bundles_to_node_id"]
+    return {int(index): str(node) for index, node in homes.items()}
