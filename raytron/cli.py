@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raytron import __version__, presets
-from raytron.config import RunConfig
+from raytron.config import RunConfig, parse_overrides
 from raytron.errors import ConfigError, RaytronError
 
 LAZY = {
@@ -149,7 +149,7 @@ def stop(given: argparse.Namespace) -> int:
 def remesh(given: argparse.Namespace) -> int:
     run = lazy("attach")(given.run, given.address)
     try:
-        print(run.remesh(**lazy("overrides")(given.overrides)))
+        print(run.remesh(**parse_overrides(given.overrides)))
     finally:
         run.close()
     return 0

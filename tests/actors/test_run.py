@@ -129,8 +129,8 @@ def test_a_run_gives_up_after_so_many_restarts(start):
         if trainer.step == 2 and trainer.mesh.rank == 1:
             os._exit(1)
 
-    run = start(die, **{"cluster.max_restarts": 1})
-    with pytest.raises(ClusterError, match=r"workers were lost 2 times; cluster.max_restarts is 1"):
+    run = start(die, **{"recovery.max_restarts": 1})
+    with pytest.raises(ClusterError, match=r"crashed too often, 2 of 1 in 1 hour"):
         run.wait(timeout_s=90)
 
 
