@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ParameterGroup,
         PipelineConfig,
         PrecisionConfig,
+        RecoveryConfig,
         ResumeConfig,
         RunConfig,
         TokenizerConfig,
@@ -55,7 +56,8 @@ _HOMES = {
     "raytron.config": (
         "BatchRampConfig", "CheckpointConfig", "ClusterConfig", "DataConfig", "DataParallelConfig", "EvaluateConfig",
         "ExpertsConfig", "LearningRateConfig", "MemoryConfig", "MeshConfig", "ModelConfig", "ObserveConfig",
-        "OptimizerConfig", "ParameterGroup", "PipelineConfig", "PrecisionConfig", "ResumeConfig", "RunConfig",
+        "OptimizerConfig", "ParameterGroup", "PipelineConfig", "PrecisionConfig", "RecoveryConfig", "ResumeConfig",
+        "RunConfig",
         "TokenizerConfig", "load",
     ),
     "raytron.errors": (
@@ -92,6 +94,7 @@ __all__ = [
     "PrecisionConfig",
     "Problem",
     "RaytronError",
+    "RecoveryConfig",
     "Result",
     "ResumeConfig",
     "Run",
