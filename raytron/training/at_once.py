@@ -18,6 +18,7 @@ own update. The scalars travel between hosts, so that no kernel waits on a devic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,13 +34,13 @@ class Before:
 
     def __init__(self, engine: Engine):
         self.optimizer, self.updates = engine.optimizer, engine.optimizer.updates
-        self.live = [part.tensor for part in engine.state().values()]
-        self.copies = [tensor.clone() for tensor in self.live]
+        self.live = engine.state()
+        self.state = {name: part._replace(tensor=part.tensor.clone()) for name, part in self.live.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
-        for tensor, copy in zip(self.live, self.copies, strict=True):
-            tensor.copy_(copy)
+        for name, part in self.live.items():
+            part.tensor.copy_(self.state[name].tensor)
         self.optimizer.loaded(self.updates)
 
 
@@ -59,6 +60,7 @@ class AtOnce:
         self.engine, mesh = engine, engine.mesh
         self.hosts = Group(mesh.world.ranks, mesh.rank, mesh.control, mesh.waiting)
         self.unheard: Unheard | None = None
+        self.settled: Callable[[StepResult | None], None] = _nothing  # told before each update: the state is committed
 
     def step(
         self, batch: Batch, lr: float, request: int = 0, *, sequences: int | None = None, layer_norms: bool = False
@@ -71,9 +73,11 @@ class AtOnce:
         result = self.settle()
         if result is not None and result.skipped:
             loss, tokens = engine.forward_backward(batch, sequences)
+        self.settled(result)
         values = engine.values(loss, tokens, request, layer_norms)
         before = Before(engine)
         engine.update(lr, engine.mend(counted().item(), sequences))
+        engine.before_commit()
         vector = torch.tensor(list(values.values()), dtype=torch.float64)
         self.unheard = Unheard(list(values), start_all_reduce(vector, self.hosts), sequences, before)
         return result
@@ -83,8 +87,13 @@ class AtOnce:
         if self.unheard is None:
             return None
         keys, summed, sequences, before = self.unheard
-        self.unheard = None
         result = self.engine.result(dict(zip(keys, summed().tolist(), strict=True)), sequences)
+        self.unheard = None
         if result.skipped:
-            before.restore()
+            with self.engine.changing():
+                before.restore()
         return result
+
+
+def _nothing(result: StepResult | None) -> None:
+    """Nobody wants to know."""

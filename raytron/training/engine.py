@@ -11,7 +11,8 @@ that is not finite on one rank is seen by all, and all skip the update.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytron.data.batch import Batch
-from raytron.errors import DataError, Problem
+from raytron.errors import CheckpointError, DataError, Problem
 from raytron.model.assemble import Assembly, assemble
 from raytron.model.balance import EXPERTS
 from raytron.model.stage import Stage
@@ -91,6 +92,9 @@ class Engine:
         self.loss_scale = LossScale(plan.config.precision)
         self._bound = {number: _Bound(stage, self.gathering) for number, stage in self.model.stages.items()}
         self.pipeline = Pipeline(self._bound, plan.schedule, mesh, self.model.parallel.deferred, watch)
+        self.before_update: Callable[[], None] = _nothing  # the state is about to change
+        self.before_commit: Callable[[], None] = _nothing  # this rank is about to take part in the sum that ends a step
+        self.whole = True  # the state is that of one step, not caught in the middle of a change
         self._speaks = mesh.tp.index == 0  # one voice for each loss: tp ranks compute equal ones, cp ranks parts
 
     def _make_buckets(self) -> GradientBuckets:
@@ -138,7 +142,9 @@ class Engine:
         """
         sequences = sequences or self.plan.config.global_batch_size
         loss, tokens = self.forward_backward(batch, sequences)
-        sums = self._over_world(self.values(loss, tokens, request, layer_norms))
+        values = self.values(loss, tokens, request, layer_norms)
+        self.before_commit()
+        sums = self._over_world(values)
         if self.canonical:
             sums |= exact_squared_norms(self._counted(layer_norms), self.mesh)
         result = self.result(sums, sequences)
@@ -178,9 +184,22 @@ class Engine:
 
     def update(self, lr: float, scale: float) -> None:
         """One update with owned gradients multiplied by `scale`; starts to gather what the next forward needs first."""
-        self.optimizer.step(lr, scale)
-        self.model.balance.update()
-        self.gathering.ahead()
+        self.before_update()
+        with self.changing():
+            self.optimizer.step(lr, scale)
+            self.model.balance.update()
+            self.gathering.ahead()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Marks the state as not `whole` meanwhile, and for good if that fails; but a CheckpointError changes nothing."""
+        self.whole = False
+        try:
+            yield
+        except CheckpointError:
+            self.whole = True
+            raise
+        self.whole = True
 
     def mend(self, tokens: float, sequences: int) -> float:
         """The factor that makes owned gradients those of the mean over `tokens` real tokens."""
@@ -292,6 +311,10 @@ class Engine:
         """The sums over all ranks of values under the same names."""
         vector = torch.tensor(list(values.values()), dtype=torch.float64, device=self.mesh.device)
         return dict(zip(values, all_reduce(vector, self.mesh.world).tolist(), strict=True))
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _metrics(sums: dict[str, float]) -> dict[str, float]:

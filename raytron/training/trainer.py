@@ -7,13 +7,17 @@ consumed samples. Random numbers need no state, since they are a function of the
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from raytron.checkpoint import gather
 from raytron.checkpoint.catalog import Generation
 from raytron.checkpoint.checkpointer import facts as read_facts
 from raytron.checkpoint.checkpointer import load as load_slices
 from raytron.checkpoint.checkpointer import save as save_slices
+from raytron.checkpoint.memory import Hook, Replicas, no_hook
+from raytron.checkpoint.sources import MemoryGeneration
 from raytron.config import to_mapping
 from raytron.data.batch import TokenStream
 from raytron.errors import CheckpointError
@@ -26,6 +30,7 @@ from raytron.parallel.mesh import Mesh
 from raytron.plan.plan import Plan
 from raytron.training.at_once import AtOnce
 from raytron.training.engine import Engine, StepResult
+from raytron.training.replicas import Position, check_same_optimizer, committed
 
 
 class Started(NamedTuple):
@@ -57,6 +62,7 @@ class Trainer:
         self.clock = BusyClock(mesh, tracer)
         self.engine = Engine(plan, mesh, self.clock.watch)
         self.at_once = AtOnce(self.engine) if plan.config.optimizer.at_once else None
+        self.replicas: Replicas | None = None
         self._started: deque[Started] = deque()
         self.step = 0  # committed steps
         self.consumed = 0  # samples of committed steps
@@ -79,10 +85,12 @@ class Trainer:
         if self.tracer is not None:
             self.tracer.begin(self.step + 1)
         result = step(batch, lr, request, sequences=sequences, layer_norms=wanted)
-        if self.tracer is not None:
-            self.tracer.finish()
         self.consumed += sequences
         self.step += 1
+        if self.tracer is not None:
+            self.tracer.finish()
+        if self.at_once is None:
+            self._replicate(result)
         self._started.append(Started(self.step, lr, sequences, used_scale, self.clock.end(self.step)))
         return self._record(result)
 
@@ -137,13 +145,16 @@ class Trainer:
 
     def facts(self) -> Record:
         """What a checkpoint knows beside its tensors."""
+        return self._facts(self._position())
+
+    def _position(self) -> Position:
+        return Position(self.step, self.consumed, self.engine.optimizer.updates, self.skipped_steps)
+
+    def _facts(self, at: Position) -> Record:
         return {
-            "step": self.step,
-            "consumed": self.consumed,
-            "updates": self.engine.optimizer.updates,
-            "skipped_steps": self.skipped_steps,
+            **at._asdict(),
             "loss_scale": self.engine.loss_scale.facts(),
-            "lr": learning_rate(self.plan.config.lr, self.plan.config.lr_horizon, self.step),
+            "lr": learning_rate(self.plan.config.lr, self.plan.config.lr_horizon, at.step),
             "seed": self.plan.config.seed,
             "data": self.data_digest,
             "mesh": str(self.mesh.shape),
@@ -158,11 +169,86 @@ class Trainer:
     def load(self, generation: Generation | Path | str) -> None:
         """Goes on from a generation that any mesh saved. Raises CheckpointError, and then nothing was changed."""
         facts = read_facts(generation)
-        saved, mine = str(facts["config"]["optimizer"]["name"]), self.plan.config.optimizer.name
-        if saved != mine:
-            raise CheckpointError(f"the checkpoint holds the state of {saved}, and the run is to go on with {mine}")
-        load_slices(generation, self.state(), self.mesh.control)
+        check_same_optimizer(facts, self.plan.config.optimizer.name)
+        with self.engine.changing():
+            load_slices(generation, self.state(), self.mesh.control)
+            self._go_on(facts)
+
+    def _go_on(self, facts: Record) -> None:
+        """After reading into `state`."""
         self.engine.optimizer.loaded(int(facts["updates"]))
         self.engine.loss_scale.restore(facts.get("loss_scale", {}))
         self.step, self.consumed = int(facts["step"]), int(facts["consumed"])
         self.skipped_steps = int(facts.get("skipped_steps", 0))
+        self.close_replicas()
+
+    # ---- the state in memory
+
+    def open_replicas(self, folder: Path | str, epoch: int, *, hook: Hook = no_hook) -> None:
+        """From here on every `recovery.memory_every`-th committed step goes into a segment in `folder`, the first one now;
+        and `park` is possible. Collective; before the first step, and after `load` or `restore`, which end it.
+
+        epoch: a number that no earlier life of this run's ranks had: of every mesh, and of every going back to an older
+            step. hook: told "replicate" and "replicated" around each segment.
+
+        Raises CheckpointError on all ranks where a node has no room: the trainer can go on without.
+        """
+        assert not self._started, "settle first"
+        self.close_replicas()
+        every, shape = self.plan.config.recovery.memory_every, str(self.mesh.shape)
+        self.replicas = Replicas(
+            folder, epoch, self.state(), self.facts(),
+            mesh=shape, group=self.mesh.control, every=every, device=self.mesh.device, hook=hook,
+        )  # fmt: skip
+        if every is None:
+            return
+        self.engine.before_update, self.engine.before_commit = self.replicas.before_update, self._wait_for_replicas
+        if self.at_once is not None:
+            self.at_once.settled = self._replicate
+        self.replicas.write(self.step, self.facts())
+
+    def close_replicas(self) -> None:
+        """No more segments; those that are written stay. Call it before a trainer with open replicas is dropped."""
+        if self.replicas is None:
+            return
+        self.engine.before_update = self.engine.before_commit = lambda: None
+        if self.at_once is not None:
+            self.at_once.settled = lambda result: None
+        self.replicas.close()
+        self.replicas = None
+
+    def _wait_for_replicas(self) -> None:
+        """Before the sum that commits a step: the one before it is where it has to be."""
+        if self.replicas is not None:
+            with self.mesh.waiting:
+                self.replicas.wait()
+
+    def _replicate(self, result: StepResult | None) -> None:
+        """The live state is committed. result: of its step, if that has no record yet."""
+        if self.replicas is not None and self.replicas.due(self.step):
+            skipped = result is not None and result.skipped
+            at = self._position()._replace(skipped_steps=self.skipped_steps + skipped)
+            self.replicas.write(self.step, self._facts(at))
+
+    def park(self, ranks: Collection[int] | None = None) -> Path:
+        """Writes the newest committed state into a segment of its own, even after an exception in the middle of a step, and
+        returns its path. No collective; needs open replicas.
+
+        ranks: all that park, which deal out what several of them hold; None: this rank counts on nobody.
+
+        Raises CheckpointError where the state was caught in the middle of an update, or there is no room.
+        """
+        if self.replicas is None:
+            raise CheckpointError("nothing can be parked: open_replicas was not called")
+        found = committed(self.engine, self.at_once, self._position(), [each.sequences for each in self._started])
+        return self.replicas.park(found.state, found.at.step, self._facts(found.at), ranks)
+
+    def restore(self, generation: MemoryGeneration, node: str, fetch: gather.Fetch = gather.no_fetch) -> None:
+        """As `load`, from memory. Collective. node: what the survey called this rank's node; fetch: the way to the others.
+
+        Raises CheckpointError on all ranks, and then nothing was changed.
+        """
+        check_same_optimizer(generation.facts, self.plan.config.optimizer.name)
+        with self.engine.changing():
+            facts = gather.load(self.state(), generation, node, fetch, self.mesh.control)
+            self._go_on(facts)
