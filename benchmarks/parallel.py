@@ -34,13 +34,16 @@ class Case(NamedTuple):
     peers: tuple[str, ...]
 
 
+ONCE = {"data_parallel.zero": 3, "data_parallel.reduce": "last_microbatch"}
 CASES = {
     "dp2": Case({"dp": 2}, {"data_parallel.zero": 0}, ("ddp",)),
-    "dp2-sharded": Case({"dp": 2}, {"data_parallel.zero": 3}, ("fsdp2", "fsdp2-each")),
+    "dp2-sharded": Case({"dp": 2}, ONCE, ("fsdp2",)),
+    "dp2-sharded-each": Case({"dp": 2}, {"data_parallel.zero": 3}, ("fsdp2-each",)),
     "tp2": Case({"tp": 2}, {"mesh.sequence_parallel": False}, ("dtensor",)),
     "pp2": Case({"pp": 2}, {}, ("1f1b",)),
     "dp4": Case({"dp": 4}, {"data_parallel.zero": 0}, ("ddp",)),
-    "dp4-sharded": Case({"dp": 4}, {"data_parallel.zero": 3}, ("fsdp2", "fsdp2-each")),
+    "dp4-sharded": Case({"dp": 4}, ONCE, ("fsdp2",)),
+    "dp4-sharded-each": Case({"dp": 4}, {"data_parallel.zero": 3}, ("fsdp2-each",)),
     "dp2-tp2": Case({"dp": 2, "tp": 2}, {"mesh.sequence_parallel": False}, ("dtensor",)),
     "pp4": Case({"pp": 4}, {}, ("1f1b",)),
     "pp2-dp2": Case({"pp": 2, "dp": 2}, {"data_parallel.zero": 0}, ("1f1b",)),

@@ -2,7 +2,7 @@
 
     ddp        DistributedDataParallel: replicas, gradients all-reduced in buckets while the backward runs
     fsdp2      fully_shard on each block: parameters, gradients and optimizer state sharded; gradients are kept whole until
-               the last micro-batch (`fsdp2-each`: reduced after every one, the memory of ZeRO 3)
+               the last micro-batch (`fsdp2-each`: reduced after every one, which takes less memory)
     dtensor    parallelize_module: tensor parallel over DTensors; with dp, sharded on top by fully_shard
     1f1b       torch.distributed.pipelining with Schedule1F1B; with dp, gradients all-reduced after the schedule
 
@@ -84,7 +84,7 @@ class Fsdp2(_Replicated):
 
 
 class Fsdp2Each(Fsdp2):
-    """Reduces after every micro-batch, so that no rank holds whole gradients between them: what ZeRO 3 does."""
+    """Reduces after every micro-batch, so that no rank holds whole gradients between them."""
 
     def synchronise(self, last: bool) -> None:
         self.model.set_requires_gradient_sync(True)

@@ -158,10 +158,16 @@ class PipelineConfig:
 @dataclass(frozen=True)
 class DataParallelConfig:
     zero: Literal[0, 1, 2, 3] = 1  # 0: all-reduce; sharded are 1: optimizer state; 2: gradients too; 3: weights too
+    reduce: Literal["each_microbatch", "last_microbatch"] | None = None  # ZeRO 3: after which; None: as the level does
     bucket_mb: float = 25.0  # gradient bucket size in MiB of fp32
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel; micro-batches are summed in fp32
     prefetch: int = 1  # blocks whose weights are gathered ahead of use: after an update, and always under ZeRO 3
     offload: bool = False  # gradient shares, masters and optimizer state live in host memory, and are updated there
+
+    @property
+    def reduces_each(self) -> bool:
+        """Whether gradients are reduced after each micro-batch, so that their sums go in between; else after the last."""
+        return self.zero >= 2 and self.reduce != "last_microbatch"
 
 
 @dataclass(frozen=True)

@@ -486,6 +486,9 @@ def _canonical(config: RunConfig) -> Iterator[Problem]:
     if config.data_parallel.reduce_dtype != "fp32":
         what = "sums that are rounded on their way depend on which rank made them, against determinism: canonical"
         yield Problem("data_parallel.reduce_dtype", what, "use fp32, or set determinism to mesh")
+    if config.data_parallel.reduce is not None:
+        what = "determinism: canonical keeps its sums to the end of a step, whatever is asked for"
+        yield Problem("data_parallel.reduce", what, "leave it at null, or set determinism to mesh")
     for axis in ("ep", "etp"):
         if getattr(config.mesh, axis) > 1:
             what = "ranks that share out experts add up tokens of several micro-batches, against determinism: canonical"
@@ -634,9 +637,10 @@ def _gradient_noise(config: RunConfig) -> Iterator[Problem]:
     if config.mesh.dp == 1:
         what = "the noise is seen between data-parallel ranks, and there is one"
         yield Problem("observe.gradient_noise", what, "use false, or mesh.dp of 2 or more")
-    if config.data_parallel.zero > 1:
-        what = "with ZeRO 2 and 3 no rank ever holds its own gradient of the whole step"
-        yield Problem("observe.gradient_noise", what, "use false, or data_parallel.zero of 0 or 1")
+    if config.data_parallel.reduces_each:
+        what = "where each micro-batch's gradients are reduced, no rank ever holds its own gradient of the whole step"
+        remedy = "use false, or data_parallel.zero of 0 or 1, or ZeRO 3 with data_parallel.reduce: last_microbatch"
+        yield Problem("observe.gradient_noise", what, remedy)
     if config.determinism == "canonical":
         what = "determinism: canonical sums micro-batches by its own tree, and no rank its own gradient"
         yield Problem("observe.gradient_noise", what, "use false, or determinism: mesh")
@@ -757,6 +761,13 @@ UNUSED: tuple[Unused, ...] = (
         "set data_parallel.zero to 1, 2 or 3",
     ),
     Unused(
+        "data_parallel.reduce",
+        "data_parallel.zero",
+        lambda config: config.data_parallel.zero == 3,
+        "below ZeRO 3: ZeRO 0 and 1 reduce after the last micro-batch, ZeRO 2 after each",
+        "set data_parallel.zero to 3",
+    ),
+    Unused(
         "mesh.expert_dispatch",
         "model.experts.count mesh.ep mesh.etp",
         lambda config: config.model.experts.count == 0 or config.mesh.ep * config.mesh.etp > 1,
@@ -845,7 +856,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
         "global_batch_size micro_batch_size mesh.dp mesh.pp batch_ramp.start batch_ramp.increment batch_ramp.samples",
         _batch_ramp,
     ),
-    ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero determinism", _gradient_noise),
+    ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero data_parallel.reduce determinism", _gradient_noise),
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
     ("", _texts),
     *((f"{row.keys} {row.reads}", row.check) for row in UNUSED),

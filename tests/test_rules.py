@@ -239,6 +239,12 @@ CASES = [
         "no rank ever holds its own gradient",
         "data_parallel.zero of 0 or 1",
     ),
+    (
+        {**CANONICAL, "data_parallel.zero": 3, "data_parallel.reduce": "each_microbatch"},
+        "data_parallel.reduce",
+        "to the end of a step",
+        "leave it at null",
+    ),
     ({"evaluate.prompt": " "}, "evaluate.prompt", "is empty", "or null"),
     ({"run_dir": ""}, "run_dir", "is empty", "give a text"),
     ({"data.sources": []}, "data.sources", "no sources", "python-stdlib"),
@@ -347,6 +353,12 @@ CASES = [
         "data_parallel.prefetch",
         "under ZeRO 0",
         "data_parallel.zero to 1, 2 or 3",
+    ),
+    (
+        {"data_parallel.zero": 2, "data_parallel.reduce": "last_microbatch"},
+        "data_parallel.reduce",
+        "no effect below ZeRO 3",
+        "data_parallel.zero to 3",
     ),
     (
         {**EXPERTS, "mesh.expert_dispatch": "all_gather"},

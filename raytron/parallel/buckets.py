@@ -7,7 +7,8 @@ last parameter of a bucket is in, the bucket is reduced over dp, in the backgrou
     ZeRO 1   reduce-scatter after the last micro-batch; a rank owns a share of each parameter
     ZeRO 2   reduce-scatter as soon as every parameter of the bucket has a new contribution, added to the owned share;
              the sums are freed in between
-    ZeRO 3   the same, a bucket being what one block holds; the weights come and go, too (`raytron.parallel.weights`)
+    ZeRO 3   the same, a bucket being what one block holds; the weights come and go, too (`raytron.parallel.weights`).
+             `data_parallel.reduce: last_microbatch` keeps the sums as ZeRO 1 does: one reduction, and more memory
 
 (Rajbhandari et al., arXiv 1910.02054.) Here dp stands for all ranks that see other tokens: dp · cp, for parameters of
 experts edp (`raytron.parallel.mesh.Reduction`). A parameter is shared out within a replica only (`mesh.replicate`), and
@@ -57,7 +58,7 @@ class Bucket:
         owners = over.shard if how.zero >= 1 else Group((over.every.ranks[over.every.index],), 0)
         self.shares = Shares(self.params, owners.size, owners.index)
         self.sharded = owners.size > 1
-        self.early = how.zero >= 2 and self.sharded  # reduced with each micro-batch; the sums are freed in between
+        self.early = how.reduces_each and self.sharded  # reduced with each micro-batch; the sums are freed in between
         self.wire = WIRE[how.reduce_dtype]
         self.sums: Tensor | None = None
         self.share: Tensor | None = None  # (size,) fp32, where it is not the sums themselves

@@ -7,6 +7,9 @@ The interpreter knows four operations (`raytron.plan.schedule.Op`) and no schedu
     I  the same, but weight gradients of linear layers are put off
     W  the weight gradients that I put off
 
+Between F and B a stage's input waits for its gradient. Of its output only the place in the graph is kept, from which the
+backward starts: its memory belongs to who takes it, a stage of this rank or the transfer.
+
 Transfers are not in the schedule. There is one channel for each directed pair of ranks, and messages travel on it in the
 order in which the sender's row makes them. The receiver derives the same order from the same row. It always has the next
 receive posted, and keeps what arrives before it is needed in a stash.
@@ -27,6 +30,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.tensor import Deferred
@@ -223,7 +227,7 @@ class Pipeline:
         self.here = mesh.coords.pp
         self._programs: dict[int, tuple[Schedule, Program]] = {}
         self._handoff: dict[Key, Tensor] = {}  # between two stages of this rank
-        self._live: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self._live: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
         self._put_off: dict[tuple[int, int], list[Callable[[], None]]] = {}
 
     def run(
@@ -257,7 +261,7 @@ class Pipeline:
                 elif op is Op.W:
                     self._weights(stage, microbatch)
                 else:
-                    self._backward(step, given, scale)
+                    self._backward(step, torch.full_like(outputs[microbatch], scale) if given is None else given)
                 if watch is not None:
                     watch.saw(step.action, start, watch.now())
         self.links.drain()
@@ -275,20 +279,18 @@ class Pipeline:
             x.requires_grad_(keep)
         y = self.stages[stage].forward(x, microbatch)
         if keep:
-            self._live[stage, microbatch] = (x, y)
+            self._live[stage, microbatch] = (x, get_gradient_edge(y))
         out = y.detach()
         if step.gives is not None:
             self._give(step.gives, step.target, out)
         return out
 
-    def _backward(self, step: Step, dy: Tensor | None, scale: float) -> None:
+    def _backward(self, step: Step, dy: Tensor) -> None:
         op, stage, microbatch = step.action
-        x, y = self._live.pop((stage, microbatch))
-        if dy is None:
-            dy = torch.full_like(y, scale)
+        x, end = self._live.pop((stage, microbatch))
         self.deferred.active = op is Op.I
         try:
-            torch.autograd.backward(y, dy)
+            torch.autograd.backward(end, dy)
         finally:
             self.deferred.active = False
         if op is Op.I:

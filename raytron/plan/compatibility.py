@@ -60,6 +60,7 @@ CHOICES: tuple[Choice, ...] = (
     Choice("ZeRO 1", {"data_parallel.zero": 1, "mesh.dp": 2}),
     Choice("ZeRO 2", {"data_parallel.zero": 2, "mesh.dp": 2}),
     Choice("ZeRO 3", {"data_parallel.zero": 3, "mesh.dp": 2}),
+    Choice("ZeRO 3, reduced once", {"data_parallel.zero": 3, "data_parallel.reduce": "last_microbatch", "mesh.dp": 2}),
     Choice("hybrid sharding", {"mesh.replicate": 2, "mesh.dp": 4}),
     Choice("optimizer offload", {"data_parallel.offload": True}),
     Choice("bf16 reduction", {"data_parallel.reduce_dtype": "bf16", "mesh.dp": 2}),

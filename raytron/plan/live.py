@@ -4,9 +4,9 @@
     B    takes it away
     I    takes it away, and leaves what the weight gradients are made of, until W
 
-A stage's output waits on its rank for its gradient. Between two stages of one rank (V-shaped schedules) it is the next
-one's input, in one storage. A gradient for a stage of the same rank waits until it is taken. What is sent to another rank
-may go when it has arrived; gloo does not say so before the end of a step, so there (`sends_stay`) it stays.
+A stage keeps its input, but not its output. What goes from one stage to another of the same rank (V-shaped schedules)
+waits until it is taken; an activation is then the other stage's input. What is sent to another rank may go when it has
+arrived; gloo does not say so before the end of a step, so there (`sends_stay`) it stays.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def kept_after_each(schedule: Schedule, rank: int, held: Sequence[Held], message
             device, loss, host = device - each.device, loss - each.loss, host - each.host
             if op is Op.I:
                 device, loss = device + each.deferred, loss + each.loss_deferred
-            if stage < last and rank_of[stage + 1] == rank:
-                device -= message  # the gradient that waited
-            elif stage < last and sends_stay:
-                device += message  # the output
-            if stage > 0 and (sends_stay or rank_of[stage - 1] == rank):
-                device += message  # the gradient of the input
+        if op is not Op.W:
+            before, after = (stage - 1, stage + 1) if op is Op.F else (stage + 1, stage - 1)
+            if 0 <= before <= last and rank_of[before] == rank:
+                device -= message  # it waited, and is taken
+            if 0 <= after <= last and (rank_of[after] == rank or sends_stay):
+                device += message
         out.append(Kept(device, loss, host))
     return out
 

@@ -5,7 +5,8 @@ them, for n elements of a parameter on a rank (its slice over tp or ep · etp, p
 out (ZeRO 1 and up: shard · cp, for experts eshard), where a share is the widest dimension cut in D and rounded up:
 
     weights      n · (2 bf16, fp16 | 4 fp32); ZeRO 3 keeps the share of that
-    gradients    4n, fp32 sums (ZeRO 2 and 3: only while a micro-batch goes back), and 4 · share where D > 1
+    gradients    4n, fp32 sums (where each micro-batch's are reduced, as in ZeRO 2 and 3: only while it goes back), and
+                 4 · share where D > 1
     optimizer    an fp32 master of the owned share, unless that stands alone in fp32 already, and its moments: two with
                  AdamW, one with Lion, SGD and Muon (whose other parameters are AdamW's), in fp32 or bf16; AdamW in fp32
                  also counts its steps, 4 bytes for each parameter; none for what is frozen
@@ -88,7 +89,7 @@ class State(NamedTuple):
 def estimate(config: RunConfig, stages: Sequence[Range], schedule: Schedule, device: Device | None = None) -> Memory:
     """Bytes on each pipeline rank when `schedule` runs over `stages`. device: None: as configured, `auto` being a CPU."""
     device = device or ("cuda" if config.cluster.device == "cuda" else "cpu")
-    held = [stage_held(config, stages, schedule, stage, device) for stage in range(len(stages))]
+    held = [stage_held(config, stages, stage, device) for stage in range(len(stages))]
     return Memory(tuple(_rank(config, stages, schedule, rank, held, device) for rank in range(schedule.num_ranks)))
 
 
@@ -125,7 +126,7 @@ def state(
         weights += item * (cut.share if how.zero == 3 and cut.owners > 1 else cut.elements)
         sums += FP32 * cut.elements * (config.microbatches.bit_length() if canonical else 1)
         shares += FP32 * cut.share if cut.owners > 1 or how.offload or canonical else 0
-        if how.zero >= 2 and cut.owners > 1 and not canonical:
+        if how.reduces_each and cut.owners > 1 and not canonical:
             sums -= FP32 * cut.elements
         alone = cut.owned == cut.elements or (how.zero == 3 and cut.owners > 1)
         if config.precision.dtype != "fp32" or not alone or (how.offload and device == "cuda"):
@@ -182,16 +183,16 @@ def _travelling(config: RunConfig, parameters: Sequence[Parameter]) -> int:
         blocks[name] = blocks.get(name, 0) + (cut.elements if cut.owners > 1 else 0)
     how, largest = config.data_parallel, max(blocks.values(), default=0)
     bucket = largest if how.zero == 3 else max(how.bucket_mb * MEBIBYTE / FP32, *(cut.elements for cut in cuts))
-    under_way = (BUCKETS_UNDER_WAY + (1 if how.zero >= 2 else 0)) * bucket
+    under_way = (BUCKETS_UNDER_WAY + (1 if how.reduces_each else 0)) * bucket
     gradients = FP32 * min(under_way, sum(blocks.values()))
     weights = (2 + how.prefetch) * largest * ITEM_BYTES[config.precision.dtype] if how.zero == 3 else 0
     return round(gradients + weights)
 
 
-def stage_held(config: RunConfig, stages: Sequence[Range], schedule: Schedule, stage: int, device: Device) -> Held:
+def stage_held(config: RunConfig, stages: Sequence[Range], stage: int, device: Device) -> Held:
     """What one micro-batch keeps in one stage."""
     begin, end = stages[stage]
-    first, last, residual = stage == 0, stage == len(stages) - 1, Sizes.of(config).residual
+    last = stage == len(stages) - 1
     here = host = deferred = 0
     for layer, treatment in enumerate(treatments(config.memory, stage, last, end - begin), begin):
         smallest = config.memory.offload_min_mb * MEBIBYTE if treatment.offload else math.inf
@@ -199,12 +200,8 @@ def stage_held(config: RunConfig, stages: Sequence[Range], schedule: Schedule, s
         here += sum(size for size in storages if size < smallest)
         host += sum(size for size in storages if size >= smallest)
         deferred += sum(activations.block_deferred(config, layer))
-    if first:
-        here += sum(activations.first(config))
-    else:
-        shared = schedule.rank_of[stage - 1] == schedule.rank_of[stage]
-        here += _input(config, stage, last, end - begin, device) - (residual if shared else 0)
-    here += sum(activations.last(config, device)) if last else residual  # or the output, which waits for its gradient
+    here += sum(activations.first(config)) if stage == 0 else _input(config, stage, last, end - begin, device)
+    here += sum(activations.last(config, device)) if last else 0
     loss = (activations.loss(config), activations.loss_deferred(config)) if last else (0, 0)
     return Held(here, host, deferred, *loss)
 

@@ -23,6 +23,7 @@ from raytron.optim.sharded import WEIGHTS
 from raytron.parallel.mesh import Mesh
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
+from raytron.training.alone import alone
 
 
 def generate(checkpoint: Path | str, prompt: str, tokens: int = 32) -> str:
@@ -42,7 +43,7 @@ def generate(checkpoint: Path | str, prompt: str, tokens: int = 32) -> str:
 def load_model(generation: Generation) -> Stage:
     """The whole model of a checkpoint as one stage on the CPU, in float32."""
     facts = read_facts(generation)
-    assembly = assemble(make_plan(alone(from_mapping(facts["config"])), None), Mesh(MeshShape(), 0))
+    assembly = assemble(make_plan(plain(from_mapping(facts["config"])), None), Mesh(MeshShape(), 0))
     weights = read_whole(generation, prefix=WEIGHTS)
     with torch.no_grad():
         for param in assembly.params:
@@ -52,15 +53,12 @@ def load_model(generation: Generation) -> Stage:
     return assembly.stages[0]
 
 
-def alone(config: RunConfig) -> RunConfig:
-    """The same model on one device, without anything that says how a run's work is cut, saved or rounded."""
-    plain = RunConfig()
-    how = {
-        name: getattr(plain, name) for name in ("mesh", "pipeline", "memory", "precision", "optimizer", "determinism")
-    }
-    zero = dataclasses.replace(plain.data_parallel, zero=0)
-    observe = dataclasses.replace(config.observe, gradient_noise=False)  # which is seen between devices
-    return dataclasses.replace(config, **how, data_parallel=zero, observe=observe, micro_batch_size=1)
+def plain(config: RunConfig) -> RunConfig:
+    """The same model on one device, without anything that says how a run's work is cut, rounded or updated."""
+    default = RunConfig()
+    return dataclasses.replace(
+        alone(config), precision=default.precision, optimizer=default.optimizer, determinism=default.determinism
+    )
 
 
 @torch.no_grad()

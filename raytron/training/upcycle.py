@@ -22,13 +22,14 @@ from raytron.checkpoint.catalog import committed, find
 from raytron.checkpoint.checkpointer import facts as read_facts
 from raytron.checkpoint.checkpointer import save
 from raytron.checkpoint.whole import read_whole
-from raytron.config import ExpertsConfig, MeshConfig, ModelConfig, PipelineConfig, RunConfig, from_mapping, to_mapping
+from raytron.config import ExpertsConfig, ModelConfig, RunConfig, from_mapping, to_mapping
 from raytron.errors import ConfigError, Problem
 from raytron.optim.sharded import WEIGHTS
 from raytron.parallel.mesh import Mesh
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
 from raytron.rules import problems
+from raytron.training.alone import alone
 from raytron.training.engine import Engine
 from raytron.training.run_directory import RunDirectory
 
@@ -48,7 +49,7 @@ def upcycle(checkpoint: Path | str, config: RunConfig) -> Path:
         found.append(Problem("run_dir", f"{config.run_dir} has checkpoints already", "name a directory without"))
     if found:
         raise ConfigError(found)
-    engine = Engine(make_plan(_alone(config), None), Mesh(MeshShape(), 0))
+    engine = Engine(make_plan(alone(config), None), Mesh(MeshShape(), 0))
     state = engine.state()
     names = [name.removeprefix(WEIGHTS) for name in state if name.startswith(WEIGHTS)]
     made = upcycled(read_whole(generation, prefix=WEIGHTS), names)
@@ -90,12 +91,3 @@ def _mismatches(dense: ModelConfig, mixture: ModelConfig) -> Iterator[Problem]:
     if mixture.experts.shared_ffn:
         what = "a shared expert would add to what the copies give"
         yield Problem("model.experts.shared_ffn", what, "use 0")
-
-
-def _alone(config: RunConfig) -> RunConfig:
-    """The same run on one device."""
-    zero = dataclasses.replace(config.data_parallel, zero=0, offload=False)
-    observe = dataclasses.replace(config.observe, gradient_noise=False)  # which is seen between devices
-    return dataclasses.replace(
-        config, mesh=MeshConfig(), pipeline=PipelineConfig(), data_parallel=zero, observe=observe
-    )

@@ -11,7 +11,7 @@ from models import batch_of, tiny
 from test_experts import DEEPSEEK, MIXTRAL
 
 from raytron.config import RunConfig
-from raytron.parallel.buckets import GradientBuckets
+from raytron.parallel.buckets import Bucket, GradientBuckets
 from raytron.parallel.layout import Layout
 from raytron.parallel.mesh import Mesh
 from raytron.parallel.parameter import Param
@@ -20,6 +20,7 @@ from raytron.plan.plan import make_plan
 from raytron.training.engine import Engine
 
 ZERO3 = {"mesh.dp": 2, "data_parallel.zero": 3}
+ONCE = {**ZERO3, "data_parallel.reduce": "last_microbatch"}
 HYBRID = {"mesh.dp": 4, "mesh.replicate": 2, "micro_batch_size": 1}
 CASES = {
     "zero 3": tiny("llama", **ZERO3),
@@ -35,6 +36,11 @@ CASES = {
     ),
     "zero 3, dp that divides nothing": tiny("gpt2", **{"mesh.dp": 3, "data_parallel.zero": 3, "global_batch_size": 6,
                                                        "micro_batch_size": 1}),
+    "zero 3, reduced once": tiny("qwen3", **ONCE, **{"mesh.tp": 2, "micro_batch_size": 1}),
+    "zero 3, reduced once, zb-h1": tiny("llama", **ONCE, **{"mesh.pp": 2, "pipeline.schedule": "zb-h1"}),
+    "zero 3, reduced once, hybrid, offload": tiny(
+        "gpt2", **ONCE | HYBRID | {"data_parallel.offload": True}
+    ),
     "zero 3, experts": tiny(MIXTRAL, **ZERO3, **{"mesh.ep": 2, "mesh.pp": 2, "pipeline.schedule": "zb-h1"}),
     "hybrid, zero 3, shared experts": tiny(DEEPSEEK, **HYBRID, **{"mesh.ep": 2, "data_parallel.zero": 3}),
     "hybrid, zero 1": tiny("llama", **HYBRID),
@@ -145,6 +151,35 @@ def test_zero_2_frees_sums_and_keeps_weights(world):
         assert len(room.between) == 1
         assert 0 not in room.between
         assert room.sums == {0}
+
+
+def test_zero_3_that_reduces_once_keeps_sums_and_frees_weights(world):
+    config = tiny("llama", **ONCE)
+    for room in world.run(2, measure, config):
+        assert room.between == {0}
+        assert len(room.sums) == 1
+        assert 0 not in room.sums
+
+
+def count_reductions(rank: int, config: RunConfig) -> list[int]:
+    """How often each bucket is reduced in a step."""
+    mesh = Mesh(MeshShape.of(config.mesh), rank)
+    engine = Engine(make_plan(config, None), mesh)
+    counts = [0] * len(engine.buckets.buckets)
+
+    def count(bucket: Bucket) -> None:
+        counts[engine.buckets.buckets.index(bucket)] += 1
+
+    for bucket in engine.buckets.buckets:
+        bucket.before_reduce = count
+    engine.forward_backward(batch_of(config, 0, mesh.coords.dp, mesh.shape.dp))
+    return counts
+
+
+@pytest.mark.parametrize(("how", "times"), [(ZERO3, 2), (ONCE, 1)], ids=["each micro-batch", "the last"])
+def test_zero_3_reduces_as_often_as_asked(world, how, times):
+    for counts in world.run(2, count_reductions, tiny("llama", **how)):
+        assert set(counts) == {times}
 
 
 def update_ahead(rank: int, config: RunConfig) -> tuple[int, int, int]:

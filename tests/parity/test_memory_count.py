@@ -55,6 +55,10 @@ STATES = {
         **{"mesh.dp": 2, "data_parallel.zero": 2, "optimizer.name": "muon", "precision.moments": "bf16"},
     ),
     "zero 3": tiny("llama", **{"mesh.dp": 2, "data_parallel.zero": 3, "precision.dtype": "bf16", "mesh.pp": 2}),
+    "zero 3, reduced once": tiny(
+        "qwen3",
+        **{"mesh.dp": 2, "mesh.tp": 2, "data_parallel.zero": 3, "data_parallel.reduce": "last_microbatch"},
+    ),
     "replicas, lion": tiny("gpt2", **{"mesh.dp": 4, "mesh.replicate": 2, "optimizer.name": "lion"}),
     "experts": tiny(MIXTURE, **{"mesh.dp": 2, "mesh.tp": 2, "mesh.ep": 2}),
     "expert width, bf16": tiny(MIXTURE, **{"mesh.dp": 2, "mesh.tp": 2, "mesh.etp": 2, "precision.dtype": "bf16"}),
@@ -98,6 +102,7 @@ KEPT = {
     "zero bubble, chunks": tiny("llama", **ZB, **{"memory.loss_chunks": 3}),
     "zero bubble, full": tiny("llama", **ZB, **{"memory.recompute": "full"}),
     "V, bf16": tiny("qwen3", **{"mesh.pp": 2, "pipeline.schedule": "zb-v", "precision.dtype": "bf16"}),
+    "V, full": tiny("gpt2", **{"mesh.pp": 2, "pipeline.schedule": "dualpipe-v", "memory.recompute": "full"}),
     "interleaved, selective": tiny(
         "dropped",
         **{"mesh.pp": 2, "pipeline.schedule": "interleaved", "pipeline.virtual_stages": 2},

@@ -80,7 +80,13 @@ def test_norms_by_layer(world):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"mesh.dp": 2}, {"mesh.dp": 2, "mesh.tp": 2, "mesh.pp": 2, "data_parallel.zero": 0}], ids=str
+    "mesh",
+    [
+        {"mesh.dp": 2},
+        {"mesh.dp": 2, "mesh.tp": 2, "mesh.pp": 2, "data_parallel.zero": 0},
+        {"mesh.dp": 2, "data_parallel.zero": 3, "data_parallel.reduce": "last_microbatch"},
+    ],
+    ids=str,
 )
 def test_gradient_noise(world, mesh):
     """From the gradients of both halves of the batch and of all; parameters that are summed over tp are not counted."""

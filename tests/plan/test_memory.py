@@ -13,7 +13,7 @@ from raytron.plan.flops import parameters
 from raytron.plan.live import Held, kept_after_each
 from raytron.plan.plan import make_plan
 from raytron.plan.recompute import treatments
-from raytron.plan.schedule import generate
+from raytron.plan.schedule import Action, Schedule, generate
 from raytron.presets import find
 
 BASE = RunConfig().replace(**{"global_batch_size": 32, "model.layers": 8})
@@ -134,7 +134,10 @@ def test_what_is_kept_after_each_action():
     one = generate("1f1b", 2, 1, 2)
     first = [kept.device for kept in kept_after_each(one, 0, held, 1, False)]
     assert first == [100, 200, 100, 0]
-    assert [kept.device for kept in kept_after_each(one, 0, held, 1, True)] == [100, 200, 101, 2]
+    assert [kept.device for kept in kept_after_each(one, 0, held, 1, True)] == [101, 202, 102, 2]
+    row = tuple(map(Action.parse, ("0F0", "1F0", "1B0", "0B0")))
+    two = Schedule("by hand", (row,), (0, 0), 1)  # what goes from stage to stage waits, and is taken
+    assert [kept.device for kept in kept_after_each(two, 0, held, 1, False)] == [101, 300, 101, 0]
 
 
 def test_a_rank_that_does_not_fit_says_what_would():

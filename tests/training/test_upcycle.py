@@ -46,7 +46,9 @@ def logits(path: Path) -> torch.Tensor:
 
 
 def test_the_mixture_computes_what_the_dense_model_did(dense, tmp_path):
-    made = upcycle(dense, mixture(tmp_path / "mixture", **{"observe.gradient_noise": True}))
+    made = upcycle(
+        dense, mixture(tmp_path / "mixture", **{"observe.gradient_noise": True, "data_parallel.prefetch": 2})
+    )
     torch.testing.assert_close(logits(made), logits(dense), rtol=1e-5, atol=1e-5)
     weights, source = read_whole(made), read_whole(dense)
     for expert in range(4):
