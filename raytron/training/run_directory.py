@@ -111,16 +111,21 @@ def occupied(directory: RunDirectory) -> list[Problem]:
 def settle(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
     """The configuration as it will be run: an absolute run_dir, the LR horizon fixed; and what forbids to go on with it.
 
+    Steps to be traced that are past are forgotten where the schedule is `auto`, which then measures the next ones.
     A run that has committed no generation yet has nothing to go on with: it may begin anew in any way.
     """
     config = config.replace(run_dir=str(Path(config.run_dir).expanduser().absolute()))
     directory = RunDirectory(Path(config.run_dir))
+    newest = directory.newest()
     try:
-        before = directory.stored() if directory.newest() is not None else None
+        before = directory.stored() if newest is not None else None
     except ConfigError as error:
         return config, list(error.problems)
     if config.lr.decay_steps is None:
         config = config.replace(**{"lr.decay_steps": config.steps if before is None else before.lr_horizon})
+    traced = config.observe.trace_steps
+    if config.pipeline.schedule == "auto" and newest is not None and traced is not None and traced[-1] <= newest.step:
+        config = config.replace(**{"observe.trace_steps": None})
     return config, [] if before is None else differences(before, config)
 
 

@@ -51,6 +51,15 @@ def test_more_steps_keep_the_horizon_that_the_run_began_with(begun, config):
     assert (settled.steps, settled.lr.decay_steps) == (500, 100)
 
 
+@pytest.mark.parametrize(("traced", "left"), [((2, 10), None), ((2, 11), (2, 11)), (None, None)])
+def test_auto_measures_other_steps_than_those_that_are_past(begun, config, traced, left):
+    asked = config.replace(**{"observe.trace_steps": traced, "pipeline.schedule": "auto"})
+    assert settle(asked)[0].observe.trace_steps == left
+    assert settle(asked.replace(**{"pipeline.schedule": "1f1b"}))[0].observe.trace_steps == traced
+    anew = asked.replace(run_dir=f"{config.run_dir}-other")
+    assert settle(anew)[0].observe.trace_steps == traced
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
