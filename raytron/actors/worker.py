@@ -42,8 +42,7 @@ from raytron.training.open import open_trainer
 
 BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 IDLE = "waiting"
-WAITING_IN = (os.path.join("torch", "distributed"), os.path.join("parallel", "collectives.py"))
-WAITING_FRAMES = 4  # that the innermost call of a wait may lie above it
+WAITING_IN = os.path.join("torch", "distributed")
 PEER_WORDS = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe", "store", "socket")
 
 
@@ -127,6 +126,7 @@ class Worker:
         self.rank, self.shape = -1, MeshShape()
         self._open_trainer = open_trainer
         self._trainer: TrainerLike | None = None
+        self._mesh: Mesh | None = None
         self._request = Request.NONE
         self._records: deque[Record] = deque()
         self._doing = IDLE
@@ -156,7 +156,8 @@ class Worker:
             device = torch.device("cuda", 0) if orders.device == "cuda" else torch.device("cpu")
             if orders.device == "cuda":
                 torch.cuda.set_device(device)
-            trainer = self._open_trainer(orders.plan, Mesh(self.shape, self.rank, device), orders.dataset)
+            self._mesh = Mesh(self.shape, self.rank, device)
+            trainer = self._open_trainer(orders.plan, self._mesh, orders.dataset)
         if orders.generation is not None:
             with self._telling(f"loading {orders.generation.name}"):
                 trainer.load(orders.generation)
@@ -236,15 +237,10 @@ class Worker:
     # ---- inside
 
     def _waits(self) -> bool:
-        """Whether the thread that works is in a collective or a transfer: held up by others, not by itself."""
+        """Whether this rank is held up by others, not by itself: in a step, or in a collective of another kind."""
         frame = sys._current_frames().get(self._thread)
-        for _ in range(WAITING_FRAMES):
-            if frame is None:
-                return False
-            if any(part in frame.f_code.co_filename for part in WAITING_IN):
-                return True
-            frame = frame.f_back
-        return False
+        inside = frame is not None and WAITING_IN in frame.f_code.co_filename
+        return inside or (self._mesh is not None and self._mesh.waiting.held)
 
     def _built(self) -> TrainerLike:
         if self._trainer is None:
@@ -252,7 +248,7 @@ class Worker:
         return self._trainer
 
     def _drop(self) -> None:
-        self._trainer, self._request, self._doing = None, Request.NONE, IDLE
+        self._trainer, self._mesh, self._request, self._doing = None, None, Request.NONE, IDLE
         self._records.clear()
         gc.collect()
         with self._leaving:

@@ -39,6 +39,7 @@ from raytron.checkpoint.peers import Peers
 from raytron.checkpoint.planner import NAME_OF_DTYPE, SlicePlanner, box_of, slice_box
 from raytron.checkpoint.pulled import Pulled
 from raytron.checkpoint.segment import SUFFIX, Inventory, Origin, Part, SegmentFile
+from raytron.checkpoint.store import Hook, no_hook
 from raytron.errors import CheckpointError
 from raytron.parallel.layout import Slice
 
@@ -46,12 +47,7 @@ TMPFS = Path("/dev/shm")
 FACTS_ROOM = 4096  # bytes by which facts may grow
 PATIENCE_S = 5.0
 BUFFERS = 2
-Hook = Callable[[str], None]  # told each phase as it begins; a test may raise or die there
 log = logging.getLogger(__name__)
-
-
-def no_hook(_phase: str) -> None:
-    """The default: nothing happens between phases."""
 
 
 def memory_folder(run: str) -> Path:

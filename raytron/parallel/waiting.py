@@ -24,8 +24,14 @@ class Waiting:
         self.seconds = 0.0
         self._since = 0.0
 
+    @property
+    def held(self) -> bool:
+        """Whether this rank waits now, seen from any thread."""
+        return self._since > 0
+
     def __enter__(self) -> None:
         self._since = time.perf_counter()
 
     def __exit__(self, *exception: object) -> None:
         self.seconds += time.perf_counter() - self._since
+        self._since = 0.0

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raytron.checkpoint.store import Hook, no_hook
 from raytron.data.batch import Batch
 from raytron.errors import CheckpointError, DataError, Problem
 from raytron.model.assemble import Assembly, assemble
@@ -79,8 +80,8 @@ class _Bound:
 class Engine:
     """The model, gradients and optimizer of one rank, and the step over them."""
 
-    def __init__(self, plan: Plan, mesh: Mesh, watch: Watch | None = None):
-        self.plan, self.mesh = plan, mesh
+    def __init__(self, plan: Plan, mesh: Mesh, watch: Watch | None = None, hook: Hook = no_hook):
+        self.plan, self.mesh, self.hook = plan, mesh, hook
         self.model: Assembly = assemble(plan, mesh)
         self.canonical = plan.config.determinism == "canonical"
         self.buckets = self._make_buckets()
@@ -119,6 +120,7 @@ class Engine:
 
         sequences: of the step over all ranks; None: global_batch_size.
         """
+        self.hook("forward")
         sequences = sequences or self.plan.config.global_batch_size
         batches = self._bind(batch, training=True)
         self.buckets.begin(len(batches))
@@ -144,6 +146,7 @@ class Engine:
         loss, tokens = self.forward_backward(batch, sequences)
         values = self.values(loss, tokens, request, layer_norms)
         self.before_commit()
+        self.hook("all-reduce")
         sums = self._over_world(values)
         if self.canonical:
             sums |= exact_squared_norms(self._counted(layer_norms), self.mesh)
@@ -186,6 +189,7 @@ class Engine:
         """One update with owned gradients multiplied by `scale`; starts to gather what the next forward needs first."""
         self.before_update()
         with self.changing():
+            self.hook("optimizer")
             self.optimizer.step(lr, scale)
             self.model.balance.update()
             self.gathering.ahead()

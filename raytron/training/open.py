@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from raytron.checkpoint.store import Hook, no_hook
 from raytron.config import RunConfig
 from raytron.data.shards import Dataset, open_dataset
 from raytron.data.stream import ShardStream
@@ -18,12 +19,15 @@ def evaluates(config: RunConfig, data: Dataset) -> bool:
     return config.evaluate.batches > 0 and data.tokens("validation") > config.sequence_length
 
 
-def open_trainer(plan: Plan, mesh: Mesh, dataset: Path) -> Trainer:
-    """A rank's trainer at step 0. Raises DataError where the data set can't be read or is too short."""
+def open_trainer(plan: Plan, mesh: Mesh, dataset: Path, hook: Hook = no_hook) -> Trainer:
+    """A rank's trainer at step 0. Raises DataError where the data set can't be read or is too short.
+
+    hook: told the phases of its work as they begin.
+    """
     config, data = plan.config, open_dataset(dataset)
     apart = config.data.document_mask
     stream = ShardStream(data, "train", config.sequence_length, config.seed, documents=apart)
     validation = None
     if evaluates(config, data):
         validation = ShardStream(data, "validation", config.sequence_length, documents=apart)
-    return Trainer(plan, mesh, stream, validation, data_digest=data.hash, tracer=Tracer.wanted(plan, mesh))
+    return Trainer(plan, mesh, stream, validation, data_digest=data.hash, tracer=Tracer.wanted(plan, mesh), hook=hook)

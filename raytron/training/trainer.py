@@ -16,8 +16,9 @@ from raytron.checkpoint.catalog import Generation
 from raytron.checkpoint.checkpointer import facts as read_facts
 from raytron.checkpoint.checkpointer import load as load_slices
 from raytron.checkpoint.checkpointer import save as save_slices
-from raytron.checkpoint.memory import Hook, Replicas, no_hook
+from raytron.checkpoint.memory import Replicas
 from raytron.checkpoint.sources import MemoryGeneration
+from raytron.checkpoint.store import Hook, no_hook
 from raytron.config import to_mapping
 from raytron.data.batch import TokenStream
 from raytron.errors import CheckpointError
@@ -55,12 +56,14 @@ class Trainer:
         *,
         data_digest: str = "",
         tracer: Tracer | None = None,
+        hook: Hook = no_hook,
     ):
+        """hook: told the phases of a step (forward, all-reduce, optimizer), of a save and of a load as they begin."""
         self.plan, self.mesh, self.stream, self.validation = plan, mesh, stream, validation
-        self.data_digest = data_digest
+        self.data_digest, self.hook = data_digest, hook
         self.tracer = tracer
         self.clock = BusyClock(mesh, tracer)
-        self.engine = Engine(plan, mesh, self.clock.watch)
+        self.engine = Engine(plan, mesh, self.clock.watch, hook)
         self.at_once = AtOnce(self.engine) if plan.config.optimizer.at_once else None
         self.replicas: Replicas | None = None
         self._started: deque[Started] = deque()
@@ -164,14 +167,14 @@ class Trainer:
     def save(self, directory: Path | str) -> Path:
         """Writes a committed generation together with all other ranks; returns its path."""
         assert not self._started, "settle first"
-        return save_slices(directory, self.step, self.state(), self.facts(), self.mesh.control)
+        return save_slices(directory, self.step, self.state(), self.facts(), self.mesh.control, hook=self.hook)
 
     def load(self, generation: Generation | Path | str) -> None:
         """Goes on from a generation that any mesh saved. Raises CheckpointError, and then nothing was changed."""
         facts = read_facts(generation)
         check_same_optimizer(facts, self.plan.config.optimizer.name)
         with self.engine.changing():
-            load_slices(generation, self.state(), self.mesh.control)
+            load_slices(generation, self.state(), self.mesh.control, hook=self.hook)
             self._go_on(facts)
 
     def _go_on(self, facts: Record) -> None:
@@ -184,12 +187,12 @@ class Trainer:
 
     # ---- the state in memory
 
-    def open_replicas(self, folder: Path | str, epoch: int, *, hook: Hook = no_hook) -> None:
+    def open_replicas(self, folder: Path | str, epoch: int) -> None:
         """From here on every `recovery.memory_every`-th committed step goes into a segment in `folder`, the first one now;
         and `park` is possible. Collective; before the first step, and after `load` or `restore`, which end it.
 
         epoch: a number that no earlier life of this run's ranks had: of every mesh, and of every going back to an older
-            step. hook: told "replicate" and "replicated" around each segment.
+            step.
 
         Raises CheckpointError on all ranks where a node has no room: the trainer can go on without.
         """
@@ -198,7 +201,7 @@ class Trainer:
         every, shape = self.plan.config.recovery.memory_every, str(self.mesh.shape)
         self.replicas = Replicas(
             folder, epoch, self.state(), self.facts(),
-            mesh=shape, group=self.mesh.control, every=every, device=self.mesh.device, hook=hook,
+            mesh=shape, group=self.mesh.control, every=every, device=self.mesh.device, hook=self.hook,
         )  # fmt: skip
         if every is None:
             return
