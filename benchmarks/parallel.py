@@ -65,7 +65,7 @@ def run_rank(rank: int, config: RunConfig, peers: tuple[str, ...], rounds: int, 
     mesh = Mesh(MeshShape.of(config.mesh), rank)
     engine = Engine(make_plan(config, None), mesh)
     whole = FixedStream(config).batch(0, config.global_batch_size)
-    start, stop = part_of(0, config.global_batch_size, mesh.coords.dp, mesh.shape.dp)
+    start, stop = part_of(0, config.global_batch_size, mesh.coords.dp, mesh.shape.dp, config.micro_batch_size)
     batch = type(whole)(*(None if part is None else part[start:stop] for part in whole))
     tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
     runners = [lambda: engine.step(batch, config.lr.peak).loss]

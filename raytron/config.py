@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from raytron.deal import Deal
 from raytron.errors import ConfigError, Problem
 
 NormName = Literal["rmsnorm", "layernorm"]
@@ -340,10 +341,28 @@ class RunConfig:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
+    def deal(self, sequences: int | None = None) -> Deal:
+        """How the micro-batches of a step are dealt to data-parallel ranks. sequences: of the step; None:
+        global_batch_size."""
+        return Deal((sequences or self.global_batch_size) // self.micro_batch_size, self.mesh.dp)
+
     @property
     def microbatches(self) -> int:
-        """Micro-batches that one data-parallel rank runs in a step (gradient accumulation)."""
-        return self.global_batch_size // (self.micro_batch_size * self.mesh.dp)
+        """The most micro-batches that a data-parallel rank runs in a step (gradient accumulation)."""
+        return self.deal().most
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether data-parallel ranks talk to each other within a micro-batch: gathering weights (ZeRO 3), reducing
+        gradients early (ZeRO 2), exchanging tokens of experts. Then all run equally many; who has fewer adds empty ones."""
+        mesh, zero = self.mesh, self.data_parallel.zero
+        early = zero == 3 or (zero == 2 and self.determinism == "mesh")
+        return (early and mesh.dp > mesh.replicate) or mesh.cp * mesh.tp % (mesh.ep * mesh.etp) > 0
+
+    def microbatches_run(self, dp: int, sequences: int | None = None) -> int:
+        """Micro-batches, empty ones included, that the data-parallel rank `dp` runs in a step."""
+        deal = self.deal(sequences)
+        return deal.most if self.lockstep else len(deal.of(dp))
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

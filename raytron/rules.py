@@ -448,9 +448,15 @@ def _rank_of(stage: int, stages: int, pp: int, v: bool) -> int:
 
 def _batch(config: RunConfig) -> Iterator[Problem]:
     micro, dp, batch = config.micro_batch_size, config.mesh.dp, config.global_batch_size
-    if batch % (micro * dp):
-        what = f"{batch} sequences cannot be cut in micro-batches of {micro} on {_counted(dp, 'data-parallel ranks')}"
-        yield Problem("global_batch_size", what, f"use {_around(batch, micro * dp)}")
+    if batch % micro:
+        what = f"{_counted(batch, 'sequences')} cannot be cut in micro-batches of {micro}"
+        yield Problem("global_batch_size", what, f"use {_around(batch, micro)}")
+    elif batch < micro * dp:
+        what = f"{batch} sequences in micro-batches of {micro} do not give each of {dp} data-parallel ranks one"
+        smaller = ", or a smaller micro_batch_size" if batch >= dp else ""
+        yield Problem(
+            "global_batch_size", what, f"use {micro * dp} or more, or mesh.dp of at most {batch // micro}{smaller}"
+        )
 
 
 def _replicas(config: RunConfig) -> Iterator[Problem]:
@@ -515,11 +521,13 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
 
 def _schedule_batch(config: RunConfig) -> Iterator[Problem]:
     pp, unit, batch = config.mesh.pp, config.micro_batch_size * config.mesh.dp, config.global_batch_size
-    if batch % unit or config.pipeline.schedule != "dualpipe-v":
+    if batch % config.micro_batch_size or batch < unit or config.pipeline.schedule != "dualpipe-v":
         return
-    if pp > 1 and config.microbatches < 2 * pp:
-        verb = "is" if config.microbatches == 1 else "are"
-        what = f"dualpipe-v needs at least {2 * pp} micro-batches (2 · pp), and there {verb} {config.microbatches}"
+    fewest = config.microbatches_run(config.mesh.dp - 1)
+    if pp > 1 and fewest < 2 * pp:
+        verb = "is" if fewest == 1 else "are"
+        what = f"dualpipe-v needs at least {2 * pp} micro-batches (2 · pp), and there {verb} {fewest}"
+        what += " on the last data-parallel rank" if fewest < config.microbatches else ""
         yield Problem("global_batch_size", what, f"use {unit * 2 * pp} or more, or pipeline.schedule zb-v")
 
 
@@ -604,7 +612,7 @@ def _batch_ramp(config: RunConfig) -> Iterator[Problem]:
         return
     if (full - ramp.start) % ramp.increment:
         what = f"steps of {ramp.increment} don't lead from {ramp.start} to {full}"
-        unit = config.micro_batch_size * config.mesh.dp
+        unit = config.micro_batch_size
         steps = divisors(full - ramp.start)
         near = _any_of([step for step in steps if step % unit == 0] or steps, ramp.increment)
         yield Problem("batch_ramp.increment", what, f"use {near}")
@@ -846,14 +854,19 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("optimizer.at_once optimizer.clip_norm precision.dtype determinism", _at_once),
     ("", _canonical),
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
-    ("global_batch_size micro_batch_size mesh.dp mesh.pp pipeline.schedule", _schedule_batch),
+    (
+        "global_batch_size micro_batch_size mesh.dp mesh.replicate mesh.pp mesh.cp mesh.tp mesh.ep mesh.etp "
+        "data_parallel.zero determinism pipeline.schedule",
+        _schedule_batch,
+    ),
     ("mesh.pp pipeline.virtual_stages memory.recompute_every", _recompute),
     ("sequence_length mesh.tp mesh.cp mesh.sequence_parallel memory.loss_chunks", _loss_chunks),
     ("steps lr.peak lr.final lr.warmup_steps lr.decay_steps lr.decay", _learning_rate),
     ("optimizer.groups", _parameter_groups),
     ("precision.dtype precision.moments precision.stochastic_rounding", _rounding),
     (
-        "global_batch_size micro_batch_size mesh.dp mesh.pp batch_ramp.start batch_ramp.increment batch_ramp.samples",
+        "global_batch_size micro_batch_size mesh.dp mesh.replicate mesh.pp mesh.cp mesh.tp mesh.ep mesh.etp "
+        "batch_ramp.start batch_ramp.increment batch_ramp.samples",
         _batch_ramp,
     ),
     ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero data_parallel.reduce determinism", _gradient_noise),

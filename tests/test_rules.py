@@ -221,13 +221,13 @@ CASES = [
         "use 4 or more",
     ),
     (
-        {"batch_ramp.start": 3, "batch_ramp.increment": 1, "batch_ramp.samples": 64, "mesh.dp": 2},
+        {"batch_ramp.start": 3, "batch_ramp.increment": 1, "batch_ramp.samples": 64, "mesh.dp": 4},
         "batch_ramp.start",
-        "on the way to 16: 3 sequences cannot be cut",
-        "where it makes 3 use 2 or 4",
+        "on the way to 16: 3 sequences in micro-batches of 1 do not give each of 4",
+        "where it makes 3 use 4 or more, or mesh.dp of at most 3",
     ),
     (
-        {"batch_ramp.start": 4, "batch_ramp.increment": 3, "batch_ramp.samples": 64, "mesh.dp": 2},
+        {"batch_ramp.start": 4, "batch_ramp.increment": 3, "batch_ramp.samples": 64, "micro_batch_size": 2},
         "batch_ramp.increment",
         "on the way to 16: 7 sequences cannot be cut",
         "where it makes 7 use 6 or 8",
@@ -252,7 +252,25 @@ CASES = [
     # one of a thing, and remedies that are not refused in their turn
     ({"mesh.cp_all_to_all": 2}, "mesh.cp_all_to_all", "1 context-parallel rank cannot", "use 1"),
     ({"mesh.replicate": 2}, "mesh.replicate", "1 data-parallel rank cannot", "use 1"),
-    ({"micro_batch_size": 3}, "global_batch_size", "micro-batches of 3 on 1 data-parallel rank", "use 15 or 18"),
+    ({"micro_batch_size": 3}, "global_batch_size", "micro-batches of 3", "use 15 or 18"),
+    (
+        {"mesh.dp": 17},
+        "global_batch_size",
+        "16 sequences in micro-batches of 1 do not",
+        "17 or more, or mesh.dp of at most 16",
+    ),
+    (
+        {"mesh.dp": 5, "micro_batch_size": 4},
+        "global_batch_size",
+        "16 sequences in micro-batches of 4 do not",
+        "use 20 or more, or mesh.dp of at most 4, or a smaller micro_batch_size",
+    ),
+    (
+        {"pipeline.schedule": "dualpipe-v", "mesh.pp": 2, "mesh.dp": 3, "global_batch_size": 11},
+        "global_batch_size",
+        "and there are 3 on the last data-parallel rank",
+        "use 12 or more",
+    ),
     (
         {**EXPERTS, "mesh.ep": 2, "mesh.dp": 2, "mesh.replicate": 2},
         "mesh.ep",

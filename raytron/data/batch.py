@@ -1,7 +1,8 @@
 """What a training step is fed: a batch of samples, and the interface of whatever makes them.
 
 Every sample of a run has a number, its *id*: 0, 1, 2, … without end. The step that begins after C consumed samples owns
-the ids [C, C + global batch). A data-parallel rank reads one *part* of that range: contiguous, and as equal as can be.
+the ids [C, C + global batch). A data-parallel rank reads one *part* of that range: contiguous, and as equal as can be,
+micro-batches staying whole (`raytron.deal`).
 
     ids  0 1 2 3 4 5 6   cut in 3 parts   →   0 1 2 | 3 4 | 5 6
 
@@ -15,6 +16,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from raytron.deal import Deal
 
 
 class Batch(NamedTuple):
@@ -45,16 +48,16 @@ class TokenStream(Protocol):
         ...
 
 
-def part_of(first: int, count: int, part: int, parts: int) -> tuple[int, int]:
-    """The ids [start, stop) of one part: contiguous, in order, ⌈count / parts⌉ ids in the first parts, else ⌊⌋.
+def part_of(first: int, count: int, part: int, parts: int, unit: int = 1) -> tuple[int, int]:
+    """The ids [start, stop) of one part: contiguous, in order, ⌈units / parts⌉ units of ids in the first parts, else ⌊⌋.
 
-    Raises ValueError where the part is not in [0, parts) or a number is negative.
+    unit: ids that stay together. Raises ValueError where the part is not in [0, parts), a number is negative, or the
+    samples are no whole units.
     """
-    if first < 0 or count < 0 or not 0 <= part < parts:
-        raise ValueError(f"no part {part} of {parts} in {count} samples from id {first} on")
-    each, longer = divmod(count, parts)
-    start = first + part * each + min(part, longer)
-    return start, start + each + (part < longer)
+    if first < 0 or count < 0 or not 0 <= part < parts or count % unit:
+        raise ValueError(f"no part {part} of {parts} in {count} samples from id {first} on, in units of {unit}")
+    units = Deal(count // unit, parts).of(part)
+    return first + unit * units.start, first + unit * units.stop
 
 
 def document_starts(documents: NDArray[np.int32]) -> list[list[int]]:

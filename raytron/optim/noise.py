@@ -3,7 +3,9 @@
 The gradient of B sequences is the true one, G, and noise of variance S / B: |G_B|² is |G|² + S / B in the mean. A step sees
 it for two batch sizes: b, the share of one data-parallel rank, before gradients are summed, and B, the whole batch, after:
 
-    S = (|G_b|² − |G_B|²) / (1/b − 1/B)       |G|² = (B |G_B|² − b |G_b|²) / (B − b)       noise scale = S / |G|²
+    S = (|G_b|² − |G_B|²) / (1/b − 1/B)           |G|² = |G_B|² − S / B           noise scale = S / |G|²
+
+Where shares differ in size, |G_b|² and 1/b are means over the ranks.
 
 One step's estimate is rough: average S and |G|² over many steps, then divide. Not counted are parameters of which no rank
 sees its batch's gradient before it is summed over tp, over tied copies or over experts' ranks too.
@@ -12,7 +14,7 @@ sees its batch's gradient before it is summed over tp, over tied copies or over 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,10 +33,11 @@ class Noise(NamedTuple):
     scale: float  # S / |G|²
 
 
-def noise(small: float, big: float, sequences: int, parts: int) -> Noise:
-    """small: mean squared norm of the gradients of the `parts` equal shares of a batch; big: that of the batch."""
-    trace = (small - big) / (parts / sequences - 1 / sequences)
-    signal = (parts * big - small) / (parts - 1)
+def noise(small: float, big: float, sequences: Sequence[int]) -> Noise:
+    """small: mean squared norm of the gradients of the shares of a batch; big: that of the batch; sequences: of each."""
+    whole, inverse = sum(sequences), sum(1 / share for share in sequences) / len(sequences)
+    trace = (small - big) / (inverse - 1 / whole)
+    signal = big - trace / whole
     return Noise(trace, signal, trace / signal if signal else math.nan)
 
 
@@ -49,16 +52,19 @@ class NoiseMeter:
         self.names = {param.full_name for param in params}
         self._spoken = {param.full_name for param in params if self._speaks(param)}
         self._seen: list[Tensor] = []
+        self._factor = 1.0
         for bucket in buckets.buckets:
             bucket.before_reduce = self._look
 
-    def begin(self) -> None:
-        """Before the first backward of a step."""
+    def begin(self, share: float) -> None:
+        """Before the first backward of a step, of which this rank's share of the batch is `share`."""
         self._seen.clear()
+        self._factor = 1 / (share * share * self.mesh.shape.dp)  # gradients were divided by the whole batch's tokens
 
     def local(self) -> float:
-        """Squared norm of this rank's own gradient, without what another rank counts."""
-        return torch.stack(self._seen).sum().item() if self._seen else 0.0
+        """This rank's part of the mean over ranks of the squared norm of their own gradients, without what another rank
+        counts."""
+        return torch.stack(self._seen).sum().item() * self._factor if self._seen else 0.0
 
     def summed(self, squared_norms: Mapping[str, float]) -> float:
         """The same of the whole batch's gradient: this rank's part."""

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from raytron.config import DataParallelConfig
+from raytron.deal import Deal
 from raytron.parallel.collectives import Wait, all_gather, all_reduce, start_all_reduce, start_reduce_scatter
 from raytron.parallel.mesh import Group, Mesh, Reduction
 from raytron.parallel.parameter import Param
@@ -72,8 +73,8 @@ class Bucket:
         self._reductions = 0
         self.before_reduce: Callable[[Bucket], None] | None = None  # sees the sums of this rank alone
 
-    def begin(self, microbatches: int) -> None:
-        """Before the first backward of a step of so many micro-batches on this rank."""
+    def begin(self, deal: Deal) -> None:
+        """Before the first backward of a step, whose micro-batches are dealt so."""
         self._reductions = 0
         for param in self.params:
             param.fresh = True
@@ -212,12 +213,13 @@ class GradientBuckets:
         """Of the parameters that are shared out."""
         return [bucket.weights for bucket in self.buckets if bucket.weights is not None]
 
-    def begin(self, microbatches: int) -> None:
-        """Before the first backward of a step: nothing is summed yet, each parameter awaits `microbatches` micro-batches."""
+    def begin(self, microbatches: int, deal: Deal) -> None:
+        """Before the first backward of a step: nothing is summed yet, each parameter awaits `microbatches` micro-batches on
+        this rank, those that only keep step included. deal: the step's, over all ranks."""
         self._remaining = {param: microbatches * self.uses(param) for param in self._bucket_of}
         self._next = 0
         for bucket in self.buckets:
-            bucket.begin(microbatches)
+            bucket.begin(deal)
 
     def prepare(self, param: Param) -> None:
         self._bucket_of[param].prepare(param)

@@ -1,16 +1,17 @@
 """`determinism: canonical`: gradients that are equal to the bit for every number of data-parallel ranks.
 
-A step has M micro-batches, wherever they run; rank r of dp runs numbers r·m … (r+1)·m - 1, m = M / dp. Each contribution is
-computed alone, by the same operations on the same numbers, and so is the same on every rank. Only their sum could differ:
-here it is bracketed by one binary tree over the numbers of the micro-batches (`raytron.parallel.tree`).
+A step has M micro-batches, wherever they run; a rank of dp has some that follow each other (`raytron.deal`). Each
+contribution is computed alone, by the same operations on the same numbers, and so is the same on every rank. Only their sum
+could differ: here it is bracketed by one binary tree over the numbers of the micro-batches (`raytron.parallel.tree`).
 
     backward     each contribution becomes a leaf, the tree merges what it can
     reduce       an owner gets from every rank its share of that rank's nodes: one all-to-all for each bucket
     settle       the owner merges them to the root by the tree, for each cp rank alone, then adds those in rank order
 
-A rank holds up to log₂ m + 1 partial sums of its parameters where they otherwise have one, up to 2 · log₂ M where m is no
-power of two, and while a bucket travels as much again. There is no early reduction: ZeRO 2 and 3 keep sums to the end of
-the step. Elementwise updates and weights that are copied bit by bit do the rest; the gradient norm is summed exactly.
+A rank with m of them holds up to log₂ m + 1 partial sums of its parameters where they otherwise have one, up to 2 · log₂ M
+where its numbers are no node of the tree, and while a bucket travels as much again. There is no early reduction: ZeRO 2 and
+3 keep sums to the end of the step. Elementwise updates and weights that are copied bit by bit do the rest; the gradient norm
+is summed exactly.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raytron.config import DataParallelConfig
+from raytron.deal import Deal
 from raytron.parallel.buckets import Bucket
 from raytron.parallel.collectives import all_reduce, start_exchange
 from raytron.parallel.mesh import Mesh, Reduction
@@ -50,17 +52,17 @@ class CanonicalBucket(Bucket):
         self.early = False
         self.work, self.dp, self.uses = work, mesh.shape.dp, uses
         self.cp = over.every.size // self.dp  # of the parameters of experts cp · tp
-        self.microbatches = 0  # of each rank
+        self.deal = Deal(0, self.dp)
         self.trees: dict[Param, TreeSum] = {}
         self.halves: dict[tuple[Param, int], Tensor] = {}  # first contributions of parameters that get two
 
     def allocate(self) -> None:
         """Nothing: contributions share no memory."""
 
-    def begin(self, microbatches: int) -> None:
-        super().begin(microbatches)
-        self.microbatches = microbatches
-        self.trees = {param: TreeSum(microbatches * self.dp) for param in self.params}
+    def begin(self, deal: Deal) -> None:
+        super().begin(deal)
+        self.deal = deal
+        self.trees = {param: TreeSum(deal.total) for param in self.params}
 
     def prepare(self, param: Param) -> None:
         param.main_grad, param.fresh = torch.empty(param.shape, device=param.device), True
@@ -68,7 +70,10 @@ class CanonicalBucket(Bucket):
     def contributed(self, param: Param) -> None:
         value, param.main_grad = param.main_grad, None
         assert value is not None
-        term = self._terms(self.over.every.index)[self.work.microbatch]
+        terms = self._terms(self.over.every.index)
+        if self.work.microbatch >= len(terms):  # only keeps step
+            return
+        term = terms[self.work.microbatch]
         if self.uses(param) == 2:  # a + b = b + a: it does not matter which comes first
             other = self.halves.pop((param, term), None)
             if other is None:
@@ -79,11 +84,10 @@ class CanonicalBucket(Bucket):
 
     def _terms(self, position: int) -> range:
         """The numbers of the micro-batches of a rank, given its position among all that reduce this bucket."""
-        first = position // self.cp * self.microbatches
-        return range(first, first + self.microbatches)
+        return self.deal.of(position // self.cp)
 
     def _nodes(self, position: int) -> list[Node]:
-        return nodes_of(self._terms(position), self.microbatches * self.dp)
+        return nodes_of(self._terms(position), self.deal.total)
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -102,7 +106,7 @@ class CanonicalBucket(Bucket):
     def _keep(self, summed: Tensor) -> None:
         """summed: the nodes of all ranks, one rank after another."""
         assert self.share is not None
-        roots = [TreeSum(self.microbatches * self.dp) for _ in range(self.cp)]
+        roots = [TreeSum(self.deal.total) for _ in range(self.cp)]
         parts = iter(summed.view(-1, self.shares.size))
         for group in range(self.dp):
             for root in roots:  # of ranks that hold other parts of the same sequences
@@ -142,12 +146,13 @@ def _largest_or_infinite(shares: Sequence[Tensor], device: torch.device) -> Tens
     return largest(shares, device).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
-def in_order(values: Mapping[int, float], microbatches: int, mesh: Mesh) -> float:
+def in_order(values: Mapping[int, float], deal: Deal, mesh: Mesh) -> float:
     """The sum of one value for each micro-batch of a step in the order of their numbers, equal on every rank. Collective
-    over the world. values: of this rank's own `microbatches`, from 0 on, on the one rank that speaks for them."""
-    slots = torch.zeros(mesh.shape.dp, microbatches, mesh.shape.cp, dtype=torch.float64, device=mesh.device)
-    for number, value in values.items():
-        slots[mesh.coords.dp, number, mesh.coords.cp] = value
+    over the world. values: of this rank's own micro-batches, from 0 on, on the one rank that speaks for them; those beyond
+    its deal only keep step."""
+    slots = torch.zeros(deal.total, mesh.shape.cp, dtype=torch.float64, device=mesh.device)
+    for number, term in enumerate(deal.of(mesh.coords.dp)):
+        slots[term, mesh.coords.cp] = values.get(number, 0.0)
     all_reduce(slots, mesh.world)  # the others add zeros, which is exact
     total: float = sum(slots.view(-1).tolist())
     return total

@@ -13,7 +13,7 @@ out (ZeRO 1 and up: shard · cp, for experts eshard), where a share is the wides
 
 `optimizer.at_once` keeps masters and moments a second time, as they were a step ago, from the first step on.
 Offload keeps gradient shares and optimizer state in host memory. `determinism: canonical` keeps partial sums of
-micro-batches: log₂ of their number and one.
+micro-batches: about log₂ of their number.
 
 Activations are what micro-batches keep between actions (`raytron.plan.activations`), followed through the rank's own row
 (`raytron.plan.live`). `working` is what an action needs beside, at most, and comes on top: an estimate. Not counted: the
@@ -22,12 +22,14 @@ allocator's fragmentation, kernels' workspaces, and what the framework itself ta
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from raytron.config import RunConfig
+from raytron.deal import Deal
 from raytron.plan import activations
 from raytron.plan.activations import FP32, ITEM_BYTES, Device, Sizes
 from raytron.plan.live import Held, incoming, kept_after_each
@@ -124,7 +126,7 @@ def state(
     for parameter in parameters:
         cut = _Cut.of(config, parameter, expert_owner if parameter.expert else owner)
         weights += item * (cut.share if how.zero == 3 and cut.owners > 1 else cut.elements)
-        sums += FP32 * cut.elements * (config.microbatches.bit_length() if canonical else 1)
+        sums += FP32 * cut.elements * (partial_sums(config.deal()) if canonical else 1)
         shares += FP32 * cut.share if cut.owners > 1 or how.offload or canonical else 0
         if how.reduces_each and cut.owners > 1 and not canonical:
             sums -= FP32 * cut.elements
@@ -137,6 +139,29 @@ def state(
     if how.offload:
         return State(weights, sums, 0, shares + optimizer)
     return State(weights, sums + shares, optimizer)
+
+
+@functools.cache
+def partial_sums(deal: Deal) -> int:
+    """The most sums of micro-batches that a rank holds under `determinism: canonical`, which adds them by one tree over
+    their numbers (`raytron.parallel.tree`)."""
+    return max(_held_at_most(deal.of(rank), deal.total) for rank in range(deal.ranks))
+
+
+def _held_at_most(terms: range, count: int) -> int:
+    held: set[tuple[int, int]] = set()
+    most = 0
+    for number in terms:
+        level, most = 0, max(most, len(held) + 1)
+        while 1 << level < count:
+            beside = number ^ 1
+            if beside << level < count:
+                if (level, beside) not in held:
+                    break
+                held.remove((level, beside))
+            level, number = level + 1, number >> 1
+        held.add((level, number))
+    return most
 
 
 class _Cut(NamedTuple):

@@ -37,9 +37,10 @@ __all__ = ["ClusterShape", "NodeShape", "Plan", "make_plan", "replan"]
 class Plan:
     """What every worker of a run carries out.
 
-    stages: the layers [a, b) of each global stage. evaluation: the schedule of forwards alone, with the same placement.
-    memory: bytes on each pipeline rank. timeline: the simulated schedule; its unit is the mean forward of a stage.
-    choice: what was tried where the schedule is `auto`.
+    stages: the layers [a, b) of each global stage. schedule: of the data-parallel rank 0, of which none has more
+    micro-batches. evaluation: the same with forwards alone and the same placement. memory: bytes on each pipeline rank.
+    timeline: the simulated schedule; its unit is the mean forward of a stage. choice: what was tried where the schedule is
+    `auto`.
     """
 
     config: RunConfig
@@ -52,15 +53,19 @@ class Plan:
     cluster: ClusterShape | None = None
     choice: Choice | None = None
 
-    def schedule_for(self, sequences: int) -> Schedule:
-        """The schedule of a step with a global batch of some size: on the way up a batch ramp there are fewer
-        micro-batches."""
+    def schedule_for(self, sequences: int, dp: int = 0) -> Schedule:
+        """The schedule of the data-parallel rank `dp` in a step with a global batch of some size: on the way up a batch ramp
+        there are fewer micro-batches, and the last ranks may have one less (`raytron.deal`)."""
         config = self.config
-        if sequences == config.global_batch_size:
+        microbatches = config.microbatches_run(dp, sequences)
+        if microbatches == self.schedule.microbatches:
             return self.schedule
-        microbatches = sequences // (config.micro_batch_size * config.mesh.dp)
         chunks = len(self.stages) // self.mesh.pp
         return _generated(self.schedule.name, self.mesh.pp, chunks, microbatches, stage_cost(config, self.stages))
+
+    def evaluation_for(self, dp: int) -> Schedule:
+        """The schedule of the data-parallel rank `dp` in an evaluation."""
+        return _forwards(self.schedule.rank_of, self.config.microbatches_run(dp))
 
     @property
     def tokens_per_step(self) -> int:
@@ -124,8 +129,7 @@ def make_plan(
     stages = stages_of(chosen, pp * chunks)
     cost = stage_cost(chosen, stages, times)
     schedule = generate(chosen.pipeline.schedule, pp, chunks, config.microbatches, cost)
-    evaluation = forward_only(schedule.rank_of, config.microbatches)
-    simulate(evaluation)
+    evaluation = _forwards(schedule.rank_of, config.microbatches)
     plan = Plan(
         config=config,
         mesh=MeshShape.of(config.mesh),
@@ -137,17 +141,21 @@ def make_plan(
         cluster=cluster,
         choice=choice,
     )
-    found = list(_small_batches(plan))
+    found = list(_fewer_microbatches(plan))
     if found:
         raise ConfigError(found)
     return plan
 
 
-def _small_batches(plan: Plan) -> Iterator[Problem]:
-    """The first batch size on the way up a ramp that the schedule does not take: `auto` chooses for the full one."""
+def _fewer_microbatches(plan: Plan) -> Iterator[Problem]:
+    """The first batch size on the way up a ramp that the schedule does not take: `auto` chooses for the full one. That of
+    the ranks that have one micro-batch less is proved, too."""
+    plan.evaluation_for(plan.mesh.dp - 1)
+    plan.schedule_for(plan.config.global_batch_size, plan.mesh.dp - 1)
     for size in plan.config.batch_sizes[:-1]:
         try:
-            plan.schedule_for(size)
+            for dp in (0, plan.mesh.dp - 1):
+                plan.schedule_for(size, dp)
         except ScheduleError as error:
             what = f"{plan.schedule.name} is for the full batch, and with {size} sequences: {error}"
             yield Problem("batch_ramp.start", what, "name another pipeline.schedule, such as 1f1b, or start higher")
@@ -190,6 +198,13 @@ def _generated(name: str, pp: int, chunks: int, microbatches: int, cost: Cost) -
     return schedule
 
 
+@functools.lru_cache(maxsize=64)
+def _forwards(rank_of: tuple[int, ...], microbatches: int) -> Schedule:
+    schedule = forward_only(rank_of, microbatches)
+    simulate(schedule)
+    return schedule
+
+
 def _warnings(plan: Plan, cluster: ClusterShape) -> Iterator[str]:
     config = plan.config
     if plan.device == "cuda":
@@ -215,9 +230,18 @@ def _head(plan: Plan) -> str:
         f"mesh      {mesh}: {draw.plural(mesh.world, 'worker')}{where}",
         f"state     ZeRO {config.data_parallel.zero}{along}, {config.precision.dtype}",
         f"batch     {config.global_batch_size} sequences of {config.sequence_length} tokens = "
-        f"{draw.plural(mesh.dp, 'replica')} × {config.microbatches} micro-batches × {config.micro_batch_size}{_ramp(plan)}",
+        f"{_dealt(plan)}{_ramp(plan)}",
     ]
     return "\n".join(lines)
+
+
+def _dealt(plan: Plan) -> str:
+    """The micro-batches of the replicas."""
+    config, deal = plan.config, plan.config.deal()
+    if deal.most == deal.fewest:
+        return f"{draw.plural(deal.ranks, 'replica')} × {deal.most} micro-batches × {config.micro_batch_size}"
+    empty = ", filled up with empty ones" if config.lockstep else ""
+    return f"{deal.total} micro-batches × {config.micro_batch_size}: {deal} replicas{empty}"
 
 
 def _active(plan: Plan) -> str:

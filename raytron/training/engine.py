@@ -23,6 +23,7 @@ from torch import Tensor
 
 from raytron.checkpoint.store import Hook, no_hook
 from raytron.data.batch import Batch
+from raytron.deal import Deal
 from raytron.errors import CheckpointError, DataError, Problem
 from raytron.model.assemble import Assembly, assemble
 from raytron.model.balance import EXPERTS
@@ -40,7 +41,7 @@ from raytron.parallel.weights import Gathering
 from raytron.plan.names import layer_of, layers_of
 from raytron.plan.plan import Plan
 from raytron.training.gather import StageWeights, blocks
-from raytron.training.microbatch import MicroBatch, micro_batches
+from raytron.training.microbatch import MicroBatch, filled_up, micro_batches
 
 REQUEST_BITS = 8
 MEMORY = "memory_gb"  # GiB, of the fullest pipeline rank's device since the run began
@@ -70,7 +71,8 @@ class _Bound:
 
     def forward(self, x: Tensor | None, microbatch: int) -> Tensor:
         batch = self.batches[microbatch]
-        context = self.stage.context(batch.samples, batch.length, self.training, batch.documents)
+        training = self.training and not batch.empty
+        context = self.stage.context(batch.samples, batch.length, training, batch.documents)
         if x is None:
             x = self.weights.embedding(self.stage.embed, batch.tokens, context)
         y: Tensor = self.stage(x, context)
@@ -122,18 +124,19 @@ class Engine:
         """
         self.hook("forward")
         sequences = sequences or self.plan.config.global_batch_size
-        batches = self._bind(batch, training=True)
-        self.buckets.begin(len(batches))
+        deal, dp = self.plan.config.deal(sequences), self.mesh.coords.dp
+        schedule = self.plan.schedule_for(sequences, dp)
+        self._bind(batch, schedule.microbatches, training=True)
+        self.buckets.begin(schedule.microbatches, deal)
         if self.noise_meter is not None:
-            self.noise_meter.begin()
+            self.noise_meter.begin(len(deal.of(dp)) / deal.total)
         self.model.balance.begin()
         scale = self.loss_scale.value / self._nominal(sequences)
         if self.model.experts is not None:
             self.model.experts.penalty_scale = scale
-        schedule = self.plan.schedule_for(sequences)
         losses = self.pipeline.run(self._shape(batch), self.model.dtype, scale, schedule=schedule)
         self.buckets.finish()
-        return self._sums(losses, batch)
+        return self._sums(losses, batch, deal)
 
     def step(
         self, batch: Batch, lr: float, request: int = 0, *, sequences: int | None = None, layer_norms: bool = False
@@ -243,8 +246,9 @@ class Engine:
     def _noise(self, sums: dict[str, float], mend: float, sequences: int) -> Noise | None:
         if self.noise_meter is None:
             return None
-        dp = self.mesh.shape.dp  # a rank's own gradient was divided by the tokens of the whole batch, too
-        return noise(sums["noise small"] * dp * mend**2, sums["noise big"] * mend**2, sequences, dp)
+        deal, size = self.plan.config.deal(sequences), self.plan.config.micro_batch_size
+        shares = [len(deal.of(dp)) * size for dp in range(deal.ranks)]
+        return noise(sums["noise small"] * mend**2, sums["noise big"] * mend**2, shares)
 
     def _counted(self, by_layer: bool) -> dict[str, list[Tensor]]:
         """The gradients that this rank counts in the norm, by the names of `_squares`."""
@@ -262,27 +266,28 @@ class Engine:
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """(Σ weight · loss, Σ weight) over this dp rank's share and all others', equal on all ranks; no dropout.
 
-        The share must hold `plan.evaluation.microbatches` micro-batches.
+        The shares must be those of a step with the full global batch.
         """
-        self._bind(batch, training=False)
-        losses = self.pipeline.run(self._shape(batch), self.model.dtype, 0.0, schedule=self.plan.evaluation)
-        loss, tokens = self._sums(losses, batch)
+        schedule = self.plan.evaluation_for(self.mesh.coords.dp)
+        self._bind(batch, schedule.microbatches, training=False)
+        losses = self.pipeline.run(self._shape(batch), self.model.dtype, 0.0, schedule=schedule)
+        loss, tokens = self._sums(losses, batch, self.plan.config.deal())
         sums = self._over_world({"loss": loss, "tokens": tokens})
         return sums["loss"], int(sums["tokens"])
 
     def _nominal(self, sequences: int) -> int:
         return sequences * self.plan.config.sequence_length
 
-    def _bind(self, batch: Batch, training: bool) -> list[MicroBatch]:
-        """Cuts a share of sequences into micro-batches and hands them to the stages. Raises DataError where documents are
-        to be kept apart and the batch does not tell them apart."""
+    def _bind(self, batch: Batch, count: int, training: bool) -> None:
+        """Cuts a share of sequences into micro-batches, adds empty ones up to `count`, and hands them to the stages. Raises
+        DataError where documents are to be kept apart and the batch does not tell them apart."""
         if self.plan.config.data.document_mask and batch.documents is None:
             what = "the batches of this token stream do not say where documents end"
             raise DataError(Problem("data.document_mask", what, "use a stream that does, or set it to false"))
-        batches = [*micro_batches(batch, self.plan.config.micro_batch_size, self._held(batch), self.mesh.device)]
+        own = [*micro_batches(batch, self.plan.config.micro_batch_size, self._held(batch), self.mesh.device)]
+        batches = filled_up(own, count)
         for bound in self._bound.values():
             bound.batches, bound.training = batches, training
-        return batches
 
     def _held(self, batch: Batch) -> NDArray[np.int64]:
         """The positions of each sequence that this cp rank holds."""
@@ -299,13 +304,12 @@ class Engine:
     def _tokens(self, batch: Batch) -> int:
         return int(batch.weights[:, self._held(batch)].sum())
 
-    def _sums(self, losses: dict[int, Tensor], batch: Batch) -> tuple[float, int]:
-        """This rank's part of the step's loss and tokens. Collective over the world under `determinism: canonical`."""
+    def _sums(self, losses: dict[int, Tensor], batch: Batch, deal: Deal) -> tuple[float, int]:
+        """This rank's part of the loss and tokens of a step. Collective over the world under `determinism: canonical`."""
         spoken = losses if self._speaks else {}
         tokens = self._tokens(batch) if spoken else 0
         if self.canonical:
-            count = len(batch.weights) // self.plan.config.micro_batch_size
-            loss = in_order({number: loss.item() for number, loss in spoken.items()}, count, self.mesh)
+            loss = in_order({number: loss.item() for number, loss in spoken.items()}, deal, self.mesh)
             return loss if self.mesh.rank == 0 else 0.0, tokens
         if not spoken:
             return 0.0, 0

@@ -1,4 +1,8 @@
-"""Cuts a dp rank's share of a step into micro-batches, and each sequence into what this cp rank holds of it."""
+"""Cuts a dp rank's share of a step into micro-batches, and each sequence into what this cp rank holds of it.
+
+Where ranks talk to each other within a micro-batch and one has fewer than another, it adds *empty* ones: the tokens of its
+last, none of which counts in the loss nor in anything else. It would have waited as long for the others.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ class MicroBatch(NamedTuple):
     weights: Tensor  # (B,s) float32
     length: int
     documents: Documents | None  # None: not kept apart
+    empty: bool = False  # only keeps step with other ranks
 
 
 def micro_batches(batch: Batch, size: int, held: NDArray[np.int64], device: torch.device) -> Iterator[MicroBatch]:
@@ -41,3 +46,12 @@ def micro_batches(batch: Batch, size: int, held: NDArray[np.int64], device: torc
             documents = Documents(document_starts(rows), pieces[4])
         samples, tokens, labels, weights = pieces[:4]
         yield MicroBatch(samples, tokens, labels, weights, length, documents)
+
+
+def filled_up(batches: list[MicroBatch], count: int) -> list[MicroBatch]:
+    """`count` micro-batches, those that are missing empty. Raises ValueError for more than `count`, and for none."""
+    if not 0 < len(batches) <= count:
+        raise ValueError(f"a share of {len(batches)} micro-batches cannot be run as {count}")
+    last = batches[-1]
+    empty = last._replace(weights=torch.zeros_like(last.weights), empty=True)
+    return batches + [empty] * (count - len(batches))

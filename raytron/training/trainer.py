@@ -20,7 +20,7 @@ from raytron.checkpoint.memory import Replicas
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.checkpoint.store import Hook, no_hook
 from raytron.config import to_mapping
-from raytron.data.batch import TokenStream
+from raytron.data.batch import Batch, TokenStream, part_of
 from raytron.errors import CheckpointError
 from raytron.observe.busy import BusyClock
 from raytron.observe.records import Record
@@ -80,7 +80,7 @@ class Trainer:
         self.clock.begin()
         config = self.plan.config
         sequences = config.batch_size_at(self.consumed)
-        batch = self.stream.batch(self.consumed, sequences, self.mesh.coords.dp, self.mesh.shape.dp)
+        batch = self._share(self.stream, self.consumed, sequences)
         lr = learning_rate(config.lr, config.lr_horizon, self.step)
         every, used_scale = config.observe.layer_norms, self.engine.loss_scale.value
         wanted = every is not None and (self.step + 1) % every == 0
@@ -137,10 +137,16 @@ class Trainer:
         config, loss, tokens = self.plan.config, 0.0, 0
         for index in range(config.evaluate.batches):
             size = config.global_batch_size
-            batch = self.validation.batch(index * size, size, self.mesh.coords.dp, self.mesh.shape.dp)
+            batch = self._share(self.validation, index * size, size)
             added, counted = self.engine.evaluate(batch)
             loss, tokens = loss + added, tokens + counted
         return {"step": self.step, "validation_loss": loss / max(1, tokens), "tokens": tokens}
+
+    def _share(self, stream: TokenStream, first: int, count: int) -> Batch:
+        """This rank's micro-batches of the samples [first, first + count)."""
+        coords, shape = self.mesh.coords, self.mesh.shape
+        start, stop = part_of(first, count, coords.dp, shape.dp, self.plan.config.micro_batch_size)
+        return stream.batch(start, stop - start)
 
     def state(self) -> dict[str, Slice]:
         """Weights, moments and balancing biases: this rank's slices of the global tensors."""

@@ -90,12 +90,14 @@ def test_the_fixed_order_is_first_to_last() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(first=st.integers(0, 10**9), count=st.integers(0, 500), parts=st.integers(1, 40))
-def test_parts_cover_each_id_once_in_order(first: int, count: int, parts: int) -> None:
-    bounds = [part_of(first, count, part, parts) for part in range(parts)]
+@given(first=st.integers(0, 10**9), units=st.integers(0, 500), parts=st.integers(1, 40), unit=st.integers(1, 3))
+def test_parts_cover_each_id_once_in_order(first: int, units: int, parts: int, unit: int) -> None:
+    count = units * unit
+    bounds = [part_of(first, count, part, parts, unit) for part in range(parts)]
     assert [one for start, stop in bounds for one in range(start, stop)] == list(range(first, first + count))
     lengths = [stop - start for start, stop in bounds]
-    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) - min(lengths) in (0, unit)
+    assert not any(length % unit for length in lengths)
     assert lengths == sorted(lengths, reverse=True)
 
 
@@ -105,3 +107,8 @@ def test_parts_cover_each_id_once_in_order(first: int, count: int, parts: int) -
 def test_a_part_that_does_not_exist_is_refused(first: int, count: int, part: int, parts: int) -> None:
     with pytest.raises(ValueError, match="no part"):
         part_of(first, count, part, parts)
+
+
+def test_samples_that_are_no_whole_units_are_refused() -> None:
+    with pytest.raises(ValueError, match="in units of 3"):
+        part_of(0, 7, 0, 2, 3)

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytron.deal import Deal
 from raytron.parallel.tree import Node, TreeSum, from_digits, largest, nodes_of, square_digits
+from raytron.plan.memory import partial_sums
 
 CPU = torch.device("cpu")
 
@@ -67,3 +69,14 @@ def test_nothing_and_infinity_have_a_largest_magnitude():
     assert square_digits([torch.zeros(3)], 0.0, CPU).tolist() == [0] * 4
     assert not math.isfinite(largest([torch.tensor([1.0, math.inf])], CPU).item())
     assert not math.isfinite(largest([torch.tensor([1.0, math.nan]), torch.zeros(2)], CPU).item())
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_the_plan_counts_the_sums_that_a_rank_holds(count, ranks):
+    deal, most = Deal(count, min(count, ranks)), 0
+    for rank in range(deal.ranks):
+        tree = TreeSum(count)
+        for term in deal.of(rank):
+            most = max(most, len(tree.held) + 1)  # with the one that comes
+            tree.add(Node(0, term), torch.zeros(()))
+    assert partial_sums(deal) == most

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from raytron.config import RunConfig, from_mapping
-from raytron.data.batch import Batch
+from raytron.data.batch import Batch, part_of
 
 LLAMA = {
     "layers": 4, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocab": 67,
@@ -41,7 +41,7 @@ def batch_of(config: RunConfig, step: int = 0, part: int = 0, parts: int = 1) ->
     ids = np.arange(step * count, (step + 1) * count)
     rows = np.stack([np.random.default_rng(int(i)).integers(0, config.model.vocab, length + 1) for i in ids])
     weights = np.stack([np.random.default_rng([int(i), 1]).random(length) < 0.8 for i in ids]).astype(np.float32)
-    share = slice(part * count // parts, (part + 1) * count // parts)
+    share = slice(*part_of(0, count, part, parts, config.micro_batch_size if parts > 1 else 1))
     documents = None
     if config.data.document_mask:
         begins = np.stack([np.random.default_rng([int(i), 2]).random(length) < 0.25 for i in ids])

@@ -62,7 +62,10 @@ def metrics(rank: int, config: RunConfig) -> list[dict[str, float]]:
 
 
 def test_load_is_told_alike_on_every_mesh(world):
-    meshes = [{}, {"mesh.dp": 2, "mesh.ep": 2, "mesh.tp": 2}, {"mesh.pp": 2, "pipeline.schedule": "zb-h1"}]
+    meshes = [
+        {}, {"mesh.dp": 2, "mesh.ep": 2, "mesh.tp": 2}, {"mesh.pp": 2, "pipeline.schedule": "zb-h1"},
+        {"mesh.dp": 3, "mesh.tp": 2, "mesh.ep": 2, "mesh.etp": 3, "mesh.expert_dispatch": "all_gather"},
+    ]  # fmt: skip
     found = []
     for mesh in meshes:
         config = tiny(SWITCH, **mesh)

@@ -85,11 +85,12 @@ def test_norms_by_layer(world):
         {"mesh.dp": 2},
         {"mesh.dp": 2, "mesh.tp": 2, "mesh.pp": 2, "data_parallel.zero": 0},
         {"mesh.dp": 2, "data_parallel.zero": 3, "data_parallel.reduce": "last_microbatch"},
+        {"mesh.dp": 3},  # 4, 2 and 2 sequences
     ],
     ids=str,
 )
 def test_gradient_noise(world, mesh):
-    """From the gradients of both halves of the batch and of all; parameters that are summed over tp are not counted."""
+    """From the gradients of shares of the batch and of all; parameters that are summed over tp are not counted."""
     config = tiny("llama", **{"observe.gradient_noise": True}, **mesh)
     everything_counts = lambda batch: batch._replace(weights=np.ones_like(batch.weights))  # noqa: E731
     results = world.run(MeshShape.of(config.mesh).world, noises, config)
@@ -101,8 +102,10 @@ def test_gradient_noise(world, mesh):
         _, gradients = twin.gradients(everything_counts(batch_of(config, 0, *parts)))
         return sum(gradients[name].square().sum().item() for name in counted)
 
-    small, big = (square(0, 2) + square(1, 2)) / 2, square(0, 1)
-    trace, signal = (small - big) / (1 / 4 - 1 / 8), (8 * big - 4 * small) / (8 - 4)
+    ranks, sizes = config.mesh.dp, {2: (4, 4), 3: (4, 2, 2)}[config.mesh.dp]
+    small, big = sum(square(part, ranks) for part in range(ranks)) / ranks, square(0, 1)
+    trace = (small - big) / (sum(1 / size for size in sizes) / ranks - 1 / 8)
+    signal = big - trace / 8
     assert results[0] == pytest.approx((trace, signal, trace / signal), rel=1e-4)
 
 
