@@ -276,6 +276,18 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What to do about numbers that can't be right, and about ranks that are wrong or slow."""
+
+    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"  # where a second run of the step is not finite either
+    on_spike: Literal["keep", "skip", "rollback", "stop"] = "keep"  # where loss or gradient norm leap in it, too
+    spike: float | None = 20.0  # robust standard deviations above the median that are a leap; None: nothing is
+    spike_window: int = 100  # steps that the median is of
+    rollback_steps: int = 20  # to go back at least
+    max_skipped: int = 20  # steps skipped in a row, for one of these causes, before the run stops
+
+
+@dataclass(frozen=True)
 class ObserveConfig:
     peak_tflops: float | None = None  # of one device, for MFU; None: known devices by name, else no MFU
     layer_norms: int | None = None  # steps between records of each layer's gradient norm; None: never
@@ -336,6 +348,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)

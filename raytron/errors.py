@@ -6,6 +6,7 @@ RaytronError
 ├── DataError          a corpus, data set or tokenizer that can't be used as asked
 ├── CheckpointError    a checkpoint that is missing, damaged or does not fit
 ├── ClusterError       the cluster can't hold what the plan needs
+├── GuardError         a step's numbers are not finite, or leap, and the run is to stop for it
 └── WorkerError        an exception inside a worker, with its rank, stage and step
 """
 
@@ -57,6 +58,10 @@ class CheckpointError(RaytronError):
 
 class ClusterError(RaytronError):
     """The cluster can't hold what the plan needs, or could not be reached."""
+
+
+class GuardError(RaytronError):
+    """A step's loss or gradient is not finite, or leaps, and the configuration wants the run to stop."""
 
 
 class WorkerError(RaytronError):

@@ -134,7 +134,9 @@ RANGES: tuple[Range, ...] = (
     *_at_least(1, "recovery.memory_every"),
     *_more_than_zero("recovery.heartbeat_s recovery.window_s"),
     *_more_than_zero("observe.peak_tflops cluster.cpus_per_worker cluster.timeout_s cluster.placement_timeout_s"),
-    *_at_least(1, "cluster.threads_per_worker"),
+    *_at_least(1, "cluster.threads_per_worker guard.rollback_steps guard.max_skipped"),
+    *_more_than_zero("guard.spike"),
+    *_at_least(10, "guard.spike_window"),
 )
 
 
@@ -481,6 +483,13 @@ def _at_once(config: RunConfig) -> Iterator[Problem]:
     if config.determinism == "canonical":
         what = "determinism: canonical waits for the largest gradient of all ranks at every step"
         yield Problem("optimizer.at_once", what, "use false, or set determinism to mesh")
+    for key, value, plain in (
+        ("guard.on_nonfinite", config.guard.on_nonfinite, "skip"),
+        ("guard.on_spike", config.guard.on_spike, "keep"),
+    ):
+        if value != plain:
+            what = "where ranks update at once a step is not run again, so no policy can follow from it"
+            yield Problem(key, what, f"use {plain}, or set optimizer.at_once to false")
 
 
 def _canonical(config: RunConfig) -> Iterator[Problem]:
@@ -748,6 +757,20 @@ UNUSED: tuple[Unused, ...] = (
         "set precision.dtype to fp16",
     ),
     Unused(
+        "guard.on_spike guard.spike_window",
+        "guard.spike",
+        lambda config: config.guard.spike is not None,
+        "where nothing counts as a leap",
+        "set guard.spike",
+    ),
+    Unused(
+        "guard.rollback_steps",
+        "guard.on_nonfinite guard.on_spike",
+        lambda config: "rollback" in (config.guard.on_nonfinite, config.guard.on_spike),
+        "where nothing is rolled back",
+        "set guard.on_nonfinite or guard.on_spike to rollback",
+    ),
+    Unused(
         "memory.recompute_parts",
         "memory.recompute",
         lambda config: config.memory.recompute == "selective",
@@ -851,7 +874,10 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("steps observe.trace_steps", _trace),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.dp mesh.replicate data_parallel.zero", _replicas),
-    ("optimizer.at_once optimizer.clip_norm precision.dtype determinism", _at_once),
+    (
+        "optimizer.at_once optimizer.clip_norm precision.dtype determinism guard.on_nonfinite guard.on_spike",
+        _at_once,
+    ),
     ("", _canonical),
     ("mesh.pp pipeline.virtual_stages pipeline.schedule", _schedule),
     (

@@ -138,6 +138,12 @@ CASES = [
     ({"optimizer.at_once": True}, "optimizer.clip_norm", "does not wait for the gradient norm", "use null"),
     ({**AT_ONCE, "precision.dtype": "fp16"}, "optimizer.at_once", "overflow", "bf16"),
     ({**AT_ONCE, **CANONICAL}, "optimizer.at_once", "largest gradient", "use false"),
+    ({**AT_ONCE, "guard.on_nonfinite": "stop"}, "guard.on_nonfinite", "not run again", "use skip"),
+    ({**AT_ONCE, "guard.on_spike": "skip"}, "guard.on_spike", "not run again", "use keep"),
+    ({"guard.spike": 0}, "guard.spike", "too small", "more than 0"),
+    ({"guard.spike": None, "guard.on_spike": "skip"}, "guard.on_spike", "nothing counts as a leap", "set guard.spike"),
+    ({"guard.rollback_steps": 5}, "guard.rollback_steps", "where nothing is rolled back", "on_spike to rollback"),
+    ({"guard.spike_window": 5}, "guard.spike_window", "too small", "10 or more"),
     ({"pipeline.virtual_stages": 2}, "pipeline.virtual_stages", "1f1b has one model chunk", "to interleaved"),
     (
         {"pipeline.schedule": "interleaved", "pipeline.virtual_stages": 2},

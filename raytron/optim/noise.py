@@ -54,7 +54,7 @@ class NoiseMeter:
         self._seen: list[Tensor] = []
         self._factor = 1.0
         for bucket in buckets.buckets:
-            bucket.before_reduce = self._look
+            bucket.observers.append(self._look)
 
     def begin(self, share: float) -> None:
         """Before the first backward of a step, of which this rank's share of the batch is `share`."""

@@ -71,7 +71,7 @@ class Bucket:
         self._pending: list[Wait] = []
         self._among_replicas: Wait | None = None
         self._reductions = 0
-        self.before_reduce: Callable[[Bucket], None] | None = None  # sees the sums of this rank alone
+        self.observers: list[Callable[[Bucket], None]] = []  # see what is `unsummed` before it is reduced
 
     def begin(self, deal: Deal) -> None:
         """Before the first backward of a step, whose micro-batches are dealt so."""
@@ -106,6 +106,10 @@ class Bucket:
         value = None if self.weights is None else self.weights.value(number)
         return Owned(param, dim, start, length, gradient, counted, value)
 
+    def unsummed(self) -> list[Tensor]:
+        """What this rank alone has summed up and is about to send."""
+        return [] if self.sums is None else [self.sums]
+
     @torch.no_grad()
     def reduce(self) -> None:
         """Starts summing over the data-parallel ranks what the parameters hold."""
@@ -114,8 +118,8 @@ class Bucket:
         for param, gradient in zip(self.params, gradients, strict=True):
             if param.fresh:
                 gradient.zero_()
-        if self.before_reduce is not None:
-            self.before_reduce(self)
+        for observe in self.observers:
+            observe(self)
         if self.sharded:
             packed = self.shares.pack(gradients, self.wire).view(-1)
             self._pending.append(start_reduce_scatter(packed, self.over.shard))

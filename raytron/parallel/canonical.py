@@ -89,9 +89,14 @@ class CanonicalBucket(Bucket):
     def _nodes(self, position: int) -> list[Node]:
         return nodes_of(self._terms(position), self.deal.total)
 
+    def unsummed(self) -> list[Tensor]:
+        return [value for param in self.params for value in self.trees[param].held.values()]
+
     @torch.no_grad()
     def reduce(self) -> None:
         every, size = self.over.every, self.shares.size
+        for observe in self.observers:
+            observe(self)
         nodes = self._nodes(every.index)
         packed = [
             self.shares.pack([self.trees[param].held[node] for param in self.params], torch.float32) for node in nodes

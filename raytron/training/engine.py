@@ -41,6 +41,7 @@ from raytron.parallel.weights import Gathering
 from raytron.plan.names import layer_of, layers_of
 from raytron.plan.plan import Plan
 from raytron.training.gather import StageWeights, blocks
+from raytron.training.guard import Attempt, Finding, Guard
 from raytron.training.microbatch import MicroBatch, filled_up, micro_batches
 
 REQUEST_BITS = 8
@@ -54,11 +55,12 @@ class StepResult(NamedTuple):
     loss: float  # mean over the step's real tokens, nats
     grad_norm: float  # global, before clipping
     tokens: int  # that counted in the loss
-    skipped: bool  # the gradient was not finite, nothing was updated
+    skipped: bool  # nothing was updated: the gradient was not finite, or the guard or the caller forbade it
     request: int  # the union of what the ranks were asked for
     layer_norms: dict[str, float]  # gradient norm of each layer, where asked for: "layers.3", "embed", ...
     noise: Noise | None  # where asked for
     metrics: dict[str, float]  # by name, what else was measured: experts/dropped, …
+    finding: Finding | None = None  # of a step that was run more than once
 
 
 class _Bound:
@@ -93,6 +95,8 @@ class Engine:
         if plan.config.observe.gradient_noise:
             self.noise_meter = NoiseMeter(self.buckets, mesh, {share.name for share in self.optimizer.trained})
         self.loss_scale = LossScale(plan.config.precision)
+        at_once = plan.config.optimizer.at_once  # updates before it knows the norm: there is nothing left to run again
+        self.guard = Guard(plan.config.guard, mesh, None if at_once else self.buckets)
         self._bound = {number: _Bound(stage, self.gathering) for number, stage in self.model.stages.items()}
         self.pipeline = Pipeline(self._bound, plan.schedule, mesh, self.model.parallel.deferred, watch)
         self.before_update: Callable[[], None] = _nothing  # the state is about to change
@@ -139,13 +143,40 @@ class Engine:
         return self._sums(losses, batch, deal)
 
     def step(
-        self, batch: Batch, lr: float, request: int = 0, *, sequences: int | None = None, layer_norms: bool = False
+        self,
+        batch: Batch,
+        lr: float,
+        request: int = 0,
+        *,
+        sequences: int | None = None,
+        layer_norms: bool = False,
+        skip: bool = False,
     ) -> StepResult:
-        """forward_backward and an update with rate `lr`; a non-finite gradient skips the update.
+        """forward_backward and an update with rate `lr`, unless the guard finds that it may not be.
 
-        sequences: of the step over all ranks; None: global_batch_size. layer_norms: whether to report them.
+        sequences: of the step over all ranks; None: global_batch_size. layer_norms: whether to report them. skip: update
+        nothing, whatever comes.
         """
         sequences = sequences or self.plan.config.global_batch_size
+        attempt = partial(self._attempt, batch, request, sequences, layer_norms)
+        overflows = self.loss_scale.dynamic and self.loss_scale.value > self.loss_scale.SMALLEST
+        run, finding = (attempt(), None) if skip else self.guard.examine(attempt, overflows)
+        result = self.result(run.sums, sequences)
+        finite, kept = not result.skipped, finding is None or finding.action == "keep"
+        result = result._replace(skipped=skip or not (finite and kept), finding=finding)
+        if not result.skipped:
+            limit = clip_scale(result.grad_norm, self.plan.config.optimizer.clip_norm)
+            self.update(lr, self.mend(run.sums["tokens"], sequences) * limit)
+        self.loss_scale.update(finite)
+        if not skip and (finding is None or finding.commits):
+            self.guard.took(result.loss, result.grad_norm, result.skipped, overflow=overflows and not finite)
+        return result
+
+    def _attempt(self, batch: Batch, request: int, sequences: int, layer_norms: bool) -> Attempt:
+        """Gradients of a step, and what all ranks say of them. May be called again: it leaves nothing behind."""
+        own = self.guard.own
+        if own is not None:
+            own.begin()
         loss, tokens = self.forward_backward(batch, sequences)
         values = self.values(loss, tokens, request, layer_norms)
         self.before_commit()
@@ -154,11 +185,8 @@ class Engine:
         if self.canonical:
             sums |= exact_squared_norms(self._counted(layer_norms), self.mesh)
         result = self.result(sums, sequences)
-        if not result.skipped:
-            limit = clip_scale(result.grad_norm, self.plan.config.optimizer.clip_norm)
-            self.update(lr, self.mend(sums["tokens"], sequences) * limit)
-        self.loss_scale.update(finite=not result.skipped)
-        return result
+        mine = () if own is None else (loss, *own.values())
+        return Attempt(result.loss, result.grad_norm, sums, mine)
 
     def values(self, loss: float, tokens: float, request: int, layer_norms: bool) -> dict[str, float]:
         """What this rank has to say of a step, after its backward: values that are to be summed over all ranks."""

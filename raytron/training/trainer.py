@@ -7,7 +7,7 @@ consumed samples. Random numbers need no state, since they are a function of the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from raytron.checkpoint.sources import MemoryGeneration
 from raytron.checkpoint.store import Hook, no_hook
 from raytron.config import to_mapping
 from raytron.data.batch import Batch, TokenStream, part_of
-from raytron.errors import CheckpointError
+from raytron.errors import CheckpointError, ConfigError, Problem
 from raytron.observe.busy import BusyClock
 from raytron.observe.records import Record
 from raytron.observe.trace import Tracer
@@ -69,13 +69,15 @@ class Trainer:
         self._started: deque[Started] = deque()
         self.step = 0  # committed steps
         self.consumed = 0  # samples of committed steps
-        self.skipped_steps = 0  # committed steps that changed nothing: their gradient was not finite
+        self.skipped_steps = 0  # committed steps that changed nothing
 
     def train_step(self, request: int = 0) -> Record | None:
         """One step; the record that goes to metrics.jsonl, equal on all ranks but for times. Under `optimizer.at_once` it is
         the record of the step before, None at first: `settle` has the last one.
 
         request: bits that this rank was asked for; the record's `request` is the union over all ranks.
+
+        Raises GuardError or Rollback on all ranks for a step that may not be committed; nothing was changed then.
         """
         self.clock.begin()
         config = self.plan.config
@@ -84,10 +86,9 @@ class Trainer:
         lr = learning_rate(config.lr, config.lr_horizon, self.step)
         every, used_scale = config.observe.layer_norms, self.engine.loss_scale.value
         wanted = every is not None and (self.step + 1) % every == 0
-        step = self.engine.step if self.at_once is None else self.at_once.step
         if self.tracer is not None:
             self.tracer.begin(self.step + 1)
-        result = step(batch, lr, request, sequences=sequences, layer_norms=wanted)
+        result = self._step(batch, lr, request, sequences, wanted)
         self.consumed += sequences
         self.step += 1
         if self.tracer is not None:
@@ -96,6 +97,25 @@ class Trainer:
             self._replicate(result)
         self._started.append(Started(self.step, lr, sequences, used_scale, self.clock.end(self.step)))
         return self._record(result)
+
+    def _step(self, batch: Batch, lr: float, request: int, sequences: int, norms: bool) -> StepResult | None:
+        if self.at_once is not None:
+            return self.at_once.step(batch, lr, request, sequences=sequences, layer_norms=norms)
+        guard = self.engine.guard
+        skip = self.step + 1 in guard.skip
+        result = self.engine.step(batch, lr, request, sequences=sequences, layer_norms=norms, skip=skip)
+        if result.finding is not None:
+            guard.enforce(self.step + 1, self.consumed, sequences, result.finding)
+        return result
+
+    def skip(self, steps: Iterable[int]) -> None:
+        """Numbers of steps, from 1, whose samples and learning rate are to be used up without an update: those that the run
+        was rolled back for. Checkpoints keep them. Raises ConfigError where steps update at once."""
+        ahead = {step for step in steps if step > self.step}
+        if ahead and self.at_once is not None:
+            what = f"step {min(ahead)} is to be skipped, which a run that updates at once can't do"
+            raise ConfigError([Problem("optimizer.at_once", what, "set it to false until then")])
+        self.engine.guard.skip |= ahead
 
     def settle(self) -> Record | None:
         """The record that is not known yet, if there is one. Before anything else than a step is done."""
@@ -125,6 +145,8 @@ class Trainer:
             record["skipped_steps"] = self.skipped_steps
         if result.skipped:
             record["skipped"] = True
+        if result.finding is not None:
+            record["rerun"] = result.finding.record()
         if result.noise is not None:
             record |= {f"gradient_noise/{key}": value for key, value in result.noise._asdict().items()}
         norms = {f"grad_norm/{layer}": norm for layer, norm in result.layer_norms.items()}
@@ -163,6 +185,7 @@ class Trainer:
         return {
             **at._asdict(),
             "loss_scale": self.engine.loss_scale.facts(),
+            "guard": self.engine.guard.facts(),
             "lr": learning_rate(self.plan.config.lr, self.plan.config.lr_horizon, at.step),
             "seed": self.plan.config.seed,
             "data": self.data_digest,
@@ -178,10 +201,17 @@ class Trainer:
     def load(self, generation: Generation | Path | str) -> None:
         """Goes on from a generation that any mesh saved. Raises CheckpointError, and then nothing was changed."""
         facts = read_facts(generation)
-        check_same_optimizer(facts, self.plan.config.optimizer.name)
+        self._check(facts)
         with self.engine.changing():
             load_slices(generation, self.state(), self.mesh.control, hook=self.hook)
             self._go_on(facts)
+
+    def _check(self, facts: Record) -> None:
+        """Raises CheckpointError where this run can't go on from a state."""
+        check_same_optimizer(facts, self.plan.config.optimizer.name)
+        ahead = [step for step in facts.get("guard", {}).get("skip", ()) if step > facts["step"]]
+        if ahead and self.at_once is not None:
+            raise CheckpointError(f"the run is to skip step {ahead[0]}, which optimizer.at_once can't do")
 
     def _go_on(self, facts: Record) -> None:
         """After reading into `state`."""
@@ -189,6 +219,7 @@ class Trainer:
         self.engine.loss_scale.restore(facts.get("loss_scale", {}))
         self.step, self.consumed = int(facts["step"]), int(facts["consumed"])
         self.skipped_steps = int(facts.get("skipped_steps", 0))
+        self.engine.guard.restore(facts.get("guard", {}))
         self.close_replicas()
 
     # ---- the state in memory
@@ -257,7 +288,7 @@ class Trainer:
 
         Raises CheckpointError on all ranks, and then nothing was changed.
         """
-        check_same_optimizer(generation.facts, self.plan.config.optimizer.name)
+        self._check(generation.facts)
         with self.engine.changing():
             facts = gather.load(self.state(), generation, node, fetch, self.mesh.control)
             self._go_on(facts)
