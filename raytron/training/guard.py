@@ -39,6 +39,7 @@ from raytron.parallel.mesh import Mesh
 
 RUNS = 3  # of one step, at most
 NOT_FINITE, SPIKE = "not finite", "spike"
+WATCHED = ("loss", "gradient norm")
 
 
 class Attempt(NamedTuple):
@@ -104,7 +105,7 @@ class Guard:
         """buckets: whose gradients tell a rank's own fault; None: steps are never run again."""
         self.config, self.mesh = config, mesh
         self.own = OwnNorms(buckets) if buckets is not None else None
-        self.spikes = SpikeDetector(math.inf if config.spike is None else config.spike, config.spike_window)
+        self.spikes = SpikeDetector(WATCHED if config.spike else (), config.spike or math.inf, config.spike_window)
         self.skip: set[int] = set()
         self.in_a_row = 0  # steps skipped for their numbers
 
@@ -138,7 +139,7 @@ class Guard:
         """What is wrong with a run, and in words."""
         if not (math.isfinite(run.grad_norm) and math.isfinite(run.loss)):
             return NOT_FINITE, f"loss {run.loss:.4g}, gradient norm {run.grad_norm:.4g}"
-        leaps = self.spikes.leaps(_watched(run.loss, run.grad_norm))
+        leaps = self.spikes.leaps(watched(run.loss, run.grad_norm))
         return (SPIKE, ", ".join(leaps.values())) if leaps else None
 
     def _policy(self, what: str) -> str:
@@ -157,8 +158,7 @@ class Guard:
         if overflow:
             return
         self.in_a_row = self.in_a_row + 1 if skipped else 0
-        if self.config.spike is not None:
-            self.spikes.saw(_watched(loss, grad_norm))
+        self.spikes.saw(watched(loss, grad_norm))
 
     def enforce(self, step: int, first: int, sequences: int, finding: Finding) -> None:
         """Step number `step`, of samples [first, first + sequences), can't be committed: raises what its finding asks for.
@@ -214,5 +214,5 @@ def bits(values: Any) -> bytes:
     return struct.pack(f"{len(values)}d", *values)
 
 
-def _watched(loss: float, grad_norm: float) -> dict[str, float]:
-    return {"loss": loss, "gradient norm": grad_norm}
+def watched(loss: float, grad_norm: float) -> dict[str, float]:
+    return dict(zip(WATCHED, (loss, grad_norm), strict=True))

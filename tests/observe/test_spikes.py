@@ -12,7 +12,7 @@ from raytron.observe.spikes import SpikeDetector
 
 def watch(values, limit=20.0, window=100):
     """The steps that leap."""
-    detector, found = SpikeDetector(limit, window), []
+    detector, found = SpikeDetector(["loss"], limit, window), []
     for step, value in enumerate(values):
         if detector.leaps({"loss": value}):
             found.append(step)
@@ -59,14 +59,14 @@ def test_the_first_half_of_a_window_is_not_judged():
 
 
 def test_zeros_and_numbers_that_are_not_finite_do_no_harm():
-    detector = SpikeDetector(20.0, 10)
+    detector = SpikeDetector(["loss", "gradient norm"], 20.0, 10)
     for _ in range(20):
         detector.saw({"loss": 0.0, "gradient norm": float("nan")})
     assert detector.leaps({"loss": 1.0, "gradient norm": 5.0}) == {}
 
 
 def test_a_leap_says_what_would_be_usual():
-    detector = SpikeDetector(20.0, 10)
+    detector = SpikeDetector(["loss"], 20.0, 10)
     for _ in range(10):
         detector.saw({"loss": 2.0})
     assert detector.leaps({"loss": 9.0}) == {"loss": "loss 9 where 2 ± 0.04 is usual"}
@@ -74,12 +74,21 @@ def test_a_leap_says_what_would_be_usual():
 
 @given(st.lists(st.floats(0.1, 100), max_size=60), st.lists(st.floats(0.1, 1000), max_size=30))
 def test_a_resumed_detector_decides_alike(before, after):
-    one = SpikeDetector(3.0, 20)
+    one = SpikeDetector(["loss"], 3.0, 20)
     for value in before:
         one.saw({"loss": value})
-    other = SpikeDetector(3.0, 20)
+    other = SpikeDetector(["loss"], 3.0, 20)
     other.restore(json.loads(json.dumps(one.facts())))
     for value in after:
         assert one.leaps({"loss": value}) == other.leaps({"loss": value})
         one.saw({"loss": value})
         other.saw({"loss": value})
+    assert one.facts() == other.facts()
+
+
+def test_the_state_has_one_length_from_the_beginning():
+    detector, lengths = SpikeDetector(["loss"], 20.0, 100), set()
+    for step in range(250):
+        lengths.add(len(json.dumps(detector.facts())))
+        detector.saw({"loss": 10.0**step})
+    assert len(lengths) == 1
