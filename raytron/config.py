@@ -264,7 +264,11 @@ class DataConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int | None = 100  # steps between checkpoints; None: only at the end
+    background: bool = True  # ranks train on while checkpoints are written (from a copy in host memory)
+    directory: str | None = None  # a folder or an object store (s3://bucket/prefix); None: run_dir/checkpoints
     keep_last: int | None = 3  # committed generations to keep; None: all
+    keep_every: int | None = None  # those whose step is a multiple of this stay, too
+    keep_best: int | None = None  # so many with the lowest validation loss stay, too
 
 
 @dataclass(frozen=True)

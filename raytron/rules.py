@@ -129,7 +129,8 @@ RANGES: tuple[Range, ...] = (
     Range("data.validation_fraction", 0, 1, open_low=True, open_high=True),
     *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
-    *_at_least(1, "checkpoint.every checkpoint.keep_last evaluate.every evaluate.prompt_tokens"),
+    *_at_least(1, "checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best"),
+    *_at_least(1, "evaluate.every evaluate.prompt_tokens"),
     *_at_least(0, "evaluate.batches recovery.max_restarts recovery.spares"),
     *_at_least(1, "recovery.memory_every"),
     *_more_than_zero("recovery.heartbeat_s recovery.window_s"),
@@ -832,6 +833,20 @@ UNUSED: tuple[Unused, ...] = (
         lambda config: config.lr.decay == "wsd",
         "with other decays than wsd",
         "set lr.decay to wsd",
+    ),
+    Unused(
+        "checkpoint.keep_every checkpoint.keep_best",
+        "checkpoint.keep_last",
+        lambda config: config.checkpoint.keep_last is not None,
+        "where every checkpoint is kept",
+        "set checkpoint.keep_last",
+    ),
+    Unused(
+        "checkpoint.keep_best",
+        "evaluate.every evaluate.batches",
+        lambda config: config.evaluate.every is not None and config.evaluate.batches > 0,
+        "where no checkpoint but the last is evaluated",
+        "set evaluate.every, to a multiple of checkpoint.every",
     ),
     Unused(
         "evaluate.every",

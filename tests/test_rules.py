@@ -331,6 +331,13 @@ CASES = [
     ),
     # what has no effect
     (
+        {"checkpoint.keep_last": None, "checkpoint.keep_every": 100},
+        "checkpoint.keep_every",
+        "where every checkpoint is kept",
+        "set checkpoint.keep_last",
+    ),
+    ({"checkpoint.keep_best": 2}, "checkpoint.keep_best", "2 has no effect where no", "set evaluate.every"),
+    (
         {"optimizer.name": "sgd", "optimizer.beta2": 0.9},
         "optimizer.beta2",
         "0.9 has no effect with this optimizer",

@@ -1,14 +1,13 @@
 """Save and load the state of a run: collective, verified, all or nothing.
 
-    save   rank 0 makes a generation directory → torch plans who writes what → every rank writes, fsyncs, digests
-           → rank 0 checks files and coverage → COMMIT
+    save   rank 0 makes a generation directory → the ranks' rectangles are dealt out → every rank writes, fsyncs, digests
+           → rank 0 checks the files → COMMIT
     load   every rank opens the same COMMIT → torch plans who reads what → digests are checked, shadows filled
            → all ranks succeeded → shadows are copied into the live tensors
 
-torch's `dcp.save` and `dcp.load` run both, with planners and storage of our own: they plan on rank 0, resolve every
-re-sharding, and carry the failure of one rank to all. The commit happens in the storage writer's `finish`, inside that
-protocol, so that its failure reaches everybody too. Measured on one process, this costs 2 ms per save more than to call
-planner and writer directly, as long as torch is given no state dict, which it would log name by name.
+torch's `dcp.load` runs the loading, with a planner and a storage of our own: it plans on rank 0, resolves every re-sharding,
+and carries the failure of one rank to all. Saving is `raytron.checkpoint.saver`'s: its plan outlives a save, and it can go
+on behind the training, which torch's protocol of collectives can't.
 """
 
 from __future__ import annotations
@@ -22,13 +21,12 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from raytron.checkpoint import catalog
 from raytron.checkpoint.catalog import Generation, newest_good, open_generation
-from raytron.checkpoint.peers import Peers
-from raytron.checkpoint.planner import ShadowPlanner, SlicePlanner
-from raytron.checkpoint.store import Hook, SafetensorsReader, SafetensorsWriter, no_hook
+from raytron.checkpoint.peers import Hook, Peers, no_hook
+from raytron.checkpoint.planner import ShadowPlanner
+from raytron.checkpoint.saver import Saver
+from raytron.checkpoint.store import SafetensorsReader
 from raytron.errors import CheckpointError
 from raytron.parallel.layout import Slice
 
@@ -54,36 +52,7 @@ def save(
     Raises CheckpointError on every rank, naming rank and file, if anything fails on any; the generation is then removed,
     or if that is impossible left uncommitted. The live tensors must not change meanwhile.
     """
-    peers = Peers(group)
-    what = f"the checkpoint of step {step} was not saved"
-    path = peers.attempt(what, lambda: _create(directory, step, facts) if peers.rank == 0 else None)[0]
-    assert path is not None
-    writer = SafetensorsWriter(path, step=step, facts=facts, rank=peers.rank, ranks=peers.size, hook=hook)
-    planner = SlicePlanner(str(path), slices)
-    try:
-        _run(
-            peers,
-            what,
-            lambda: dcp_save(
-                {}, storage_writer=writer, planner=planner, process_group=peers.group, no_dist=peers.alone
-            ),
-        )
-    except CheckpointError:
-        if peers.rank == 0:  # every rank has stopped writing, for all have heard of the failure
-            catalog.remove(path)
-        raise
-    except BaseException:
-        if peers.rank == 0:  # others may still be writing
-            catalog.abandon(path)
-        raise
-    if peers.rank == 0:
-        hook("published")
-    return path
-
-
-def _create(directory: Path | str, step: int, facts: dict[str, Any]) -> Path:
-    catalog.check_facts(facts)
-    return catalog.create(directory, step)
+    return Saver(group, hook=hook).save(directory, step, slices, facts).path
 
 
 def load(

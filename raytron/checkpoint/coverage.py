@@ -67,7 +67,7 @@ def _overlap(boxes: Sequence[Box]) -> tuple[Box, Box] | None:
         return boxes[0], boxes[1]
     dim = max(range(len(boxes[0].offsets)), key=lambda d: len({box.offsets[d] for box in boxes}))
     active: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
+    for box in sorted(boxes, key=lambda box: (box.offsets[dim], box.offsets, [-size for size in box.sizes])):
         active = [other for other in active if other.offsets[dim] + other.sizes[dim] > box.offsets[dim]]
         for other in active:
             if box.meets(other):

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: opened without following links, measured, digested, and published in one stroke.
+"""Files of a checkpoint: their names, digests and JSON, wherever they are stored.
 
 A name that comes out of metadata is data from outside: it must be one plain component, and what it names must be a
 regular file (no link, pipe or device), so that nothing outside the generation's directory is ever read.
@@ -9,21 +9,30 @@ against somebody who forges a file and its digest, which is why metadata is also
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from raytron.checkpoint.local_storage import LocalStorage
+from raytron.checkpoint.object_store import object_store
+from raytron.checkpoint.storage import Source, Storage, scheme_of
 from raytron.errors import CheckpointError
 
-BLOCK = 4 << 20  # bytes read at a time
+BLOCK = 4 << 20  # bytes digested and written at a time
+LARGEST_DOCUMENT = 8 << 30  # bytes of a JSON document that is read
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
+LOCAL = LocalStorage()
+
+
+def storage_of(path: Path) -> Storage:
+    """Who holds a place. Raises CheckpointError where nothing here speaks its protocol."""
+    scheme = scheme_of(path)
+    return LOCAL if scheme is None else object_store(scheme)
 
 
 def digest_bytes(data: bytes) -> str:
@@ -31,77 +40,72 @@ def digest_bytes(data: bytes) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
+class Digest:
+    """xxh3-128 and the length of what has passed through. A block goes on while it is still in the processor's cache."""
+
+    def __init__(self) -> None:
+        self._hash, self.size = xxhash.xxh3_128(), 0
+
+    def through(self, blocks: Iterable[memoryview]) -> Iterator[memoryview]:
+        for block in blocks:
+            for start in range(0, len(block), BLOCK):
+                part = block[start : start + BLOCK]
+                self._hash.update(part)
+                self.size += len(part)
+                yield part
+
+    @property
+    def text(self) -> str:
+        """32 hexadecimal digits."""
+        return str(self._hash.hexdigest())
+
+
 def is_plain_name(name: object) -> bool:
     """Whether a name is one harmless path component."""
     return isinstance(name, str) and PLAIN.fullmatch(name) is not None
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A descriptor to read a regular file. Raises CheckpointError, also for links, pipes and read errors inside."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be opened: {error.strerror}") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        yield descriptor
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
+def opened(path: Path) -> AbstractContextManager[Source]:
+    """A regular file to be read. Raises CheckpointError, also for links, pipes and read errors inside."""
+    return storage_of(path).opened(path)
 
 
-def read_file(path: Path) -> bytes:
-    """A small file's bytes. Raises CheckpointError."""
-    with opened(path) as descriptor, open(descriptor, "rb", closefd=False) as stream:
-        return stream.read()
+def read_file(path: Path, most: int = LARGEST_DOCUMENT) -> bytes:
+    """A small file's bytes. Raises CheckpointError, also where it has more than `most` bytes."""
+    with opened(path) as source:
+        if source.size > min(most, LARGEST_DOCUMENT):
+            raise CheckpointError(f"{path}: damaged: it has {source.size} bytes, more than are expected")
+        data = bytearray(source.size)
+        source.read_into(memoryview(data), 0)
+        return bytes(data)
 
 
 def check_file(path: Path, size: int, digest: str | None = None) -> None:
     """Compare a file with its size in bytes and, if given, its digest. Raises CheckpointError naming the file."""
-    with opened(path) as descriptor:
-        check_size(path, descriptor, size)
+    with opened(path) as source:
+        check_size(path, source, size)
         if digest is None:
             return
-        hasher, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
-        while count := os.readv(descriptor, [block]):
-            hasher.update(block[:count])
-    if hasher.hexdigest() != digest:
-        raise CheckpointError(f"{path}: damaged: its digest is {hasher.hexdigest()}, not {digest} as committed")
+        found = digest_of(source)
+    if found != digest:
+        raise CheckpointError(f"{path}: damaged: its digest is {found}, not {digest} as committed")
 
 
-def check_size(path: Path, descriptor: int, size: int) -> None:
+def check_size(path: Path, source: Source, size: int) -> None:
     """Raise CheckpointError unless an open file has `size` bytes."""
-    actual = os.fstat(descriptor).st_size
-    if actual != size:
-        raise CheckpointError(f"{path}: damaged: it has {actual} bytes, not {size} as committed")
+    if source.size != size:
+        raise CheckpointError(f"{path}: damaged: it has {source.size} bytes, not {size} as committed")
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and fsync it. Raises OSError, also where the file exists."""
-    with open(path, "xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Let `path` appear whole or not at all, durably: a temporary file, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_durably(temporary, data)
-    os.rename(temporary, path)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the entries of a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def digest_of(source: Source) -> str:
+    """The digest of all bytes of an open file. Raises OSError."""
+    hasher, size = xxhash.xxh3_128(), source.size
+    buffer = memoryview(bytearray(min(source.span, size)))
+    for start in range(0, size, source.span):
+        part = buffer[: size - start]
+        source.read_into(part, start)
+        hasher.update(part)
+    return str(hasher.hexdigest())
 
 
 def to_json(value: Any) -> bytes:

@@ -34,9 +34,11 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from raytron.checkpoint.coverage import Box
+from raytron.checkpoint.deal import deal as deal_out
 from raytron.checkpoint.files import to_json
 from raytron.checkpoint.peers import Peers
-from raytron.checkpoint.planner import NAME_OF_DTYPE, SlicePlanner, box_of, slice_box
+from raytron.checkpoint.planner import offer
 from raytron.checkpoint.pulled import Pulled
 from raytron.checkpoint.segment import SUFFIX, Inventory, Origin, Part, SegmentFile
 from raytron.checkpoint.store import Hook, no_hook
@@ -105,26 +107,23 @@ def deal(slices: Mapping[str, Slice], group: dist.ProcessGroup | None = None) ->
     """
     peers = Peers(group)
     what = "the state can't be kept in memory"
-    planner = SlicePlanner(what, slices)
-    plans = peers.attempt(what, planner.create_local_plan)
-    chosen, metadata = planner.create_global_plan(plans)
-    mine = {(item.index.fqn, item.index.offset) for item in chosen[peers.rank].items}
-    holders: dict[tuple[str, Any], list[int]] = defaultdict(list)
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            assert item.tensor_data is not None
-            holders[item.index.fqn, box_of(item.tensor_data.chunk)].append(rank)
-    tensors: dict[str, Any] = metadata.state_dict_metadata
-    inventory = Inventory.of(
-        {name: (NAME_OF_DTYPE[record.properties.dtype], tuple(record.size)) for name, record in tensors.items()}
-    )
+    offered = peers.attempt(what, lambda: offer(slices))
+    try:
+        dealt_out = deal_out(offered)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from error
+    mine = {(each.name, each.box) for shard in dealt_out.shards[peers.rank] for each in shard.offers}
+    holders: dict[tuple[str, Box], list[int]] = defaultdict(list)
+    for rank, said in enumerate(offered):
+        for each in said.offers:
+            holders[each.name, each.box].append(rank)
+    inventory = Inventory.of(dealt_out.tensors)
     held = []
-    for name, piece in slices.items():
-        nowhere = 0 in piece.shape  # a tensor without elements has no rectangle, and everybody says that it exists
-        if piece.tensor.numel() or nowhere:
-            part = Part(name, NAME_OF_DTYPE[piece.tensor.dtype], tuple(piece.shape), slice_box(piece))
-            dealt = nowhere or (name, torch.Size(part.box.offsets)) in mine
-            held.append(Holding(part, tuple(holders[name, part.box]), dealt))
+    for each in offered[peers.rank].offers:
+        nowhere = 0 in each.shape  # a tensor without elements has no rectangle, and everybody says that it exists
+        if each.bytes or nowhere:
+            dealt = nowhere or (each.name, each.box) in mine
+            held.append(Holding(Part(*each), tuple(holders[each.name, each.box]), dealt))
     return Deal(tuple(held), inventory)
 
 

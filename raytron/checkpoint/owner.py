@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from raytron.checkpoint.files import from_json, read_file, to_json, write_durably
+from raytron.checkpoint.files import from_json, read_file, storage_of, to_json
 from raytron.errors import CheckpointError
 
 WRITING = "WRITING"
@@ -21,17 +21,18 @@ ABANDONED = "ABANDONED"
 def claim(directory: Path) -> None:
     """Say that this process writes a generation. Raises OSError."""
     owner = {"place": _place(), "process": os.getpid(), "born": _born(os.getpid())}
-    write_durably(directory / WRITING, to_json(owner))
+    storage_of(directory).write(directory / WRITING, [memoryview(to_json(owner))])
 
 
 def release(directory: Path) -> None:
     """The generation is committed and nobody writes it any more."""
-    (directory / WRITING).unlink(missing_ok=True)
+    storage_of(directory).remove(directory / WRITING)
 
 
 def is_ownerless(directory: Path, abandoned_after_s: float) -> bool:
     """Whether nobody can be writing an uncommitted generation; in doubt, only if nothing changed for so long."""
-    if (directory / ABANDONED).exists():
+    storage = storage_of(directory)
+    if storage.exists(directory / ABANDONED):
         return True
     try:
         owner = from_json(directory / WRITING, read_file(directory / WRITING))
@@ -41,7 +42,10 @@ def is_ownerless(directory: Path, abandoned_after_s: float) -> bool:
     place = _place()
     if place is not None and place == owner.get("place") and type(process) is int:
         return _born(process) != owner.get("born")
-    return time.time() - _last_change(directory) > abandoned_after_s
+    try:
+        return time.time() - storage.last_change(directory) > abandoned_after_s
+    except OSError:  # it is changing while we look
+        return False
 
 
 def _place() -> str | None:
@@ -60,11 +64,3 @@ def _born(process: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else fields[19]
-
-
-def _last_change(directory: Path) -> float:
-    """Newest modification time in a directory; now, if it is changing while we look."""
-    try:
-        return max(entry.stat().st_mtime for entry in (directory, *directory.iterdir()))
-    except OSError:
-        return time.time()

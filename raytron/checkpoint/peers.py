@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from raytron.errors import CheckpointError
 
+Hook = Callable[[str], None]  # told each phase as it begins; a test may raise or die there
 T = TypeVar("T")
+R = TypeVar("R")
+
+
+def no_hook(_phase: str) -> None:
+    """The default: nothing happens between phases."""
 
 
 class Agreed(CheckpointError):
@@ -45,13 +51,36 @@ class Peers:
             result = function()
         except Exception as exception:
             error = brief(exception)
-        outcomes = self._gather((result, error))
+        outcomes = self.gather((result, error))
         failed = {rank: text for rank, (_, text) in enumerate(outcomes) if text is not None}
         if failed:
-            raise CheckpointError(_message(what, failed, self.size))
+            raise CheckpointError(message_of(what, failed, self.size))
         return [result for result, _ in outcomes]  # type: ignore[misc]
 
-    def _gather(self, value: T) -> list[T]:
+    def at_first(self, what: str, value: T, function: Callable[[list[T]], list[R]]) -> R:
+        """Rank 0 makes of every rank's value, in order, a result for each rank. If it fails, CheckpointError on all."""
+        values: list[Any] | None = [value] if self.alone else [None] * self.size if self.rank == 0 else None
+        if not self.alone:
+            dist.gather_object(value, values, group=self.group, group_dst=0)
+        results: list[Any] = [None] * self.size
+        error: str | None = None
+        if values is not None:
+            try:
+                results = list(function(values))
+            except Exception as exception:
+                error = brief(exception)
+            results = [(result, error) for result in results]
+        if not self.alone:
+            received: list[Any] = [None]
+            dist.scatter_object_list(received, results if self.rank == 0 else None, group=self.group, group_src=0)
+            results = received
+        result, error = results[0]
+        if error is not None:
+            raise CheckpointError(f"{what}: {error}")
+        return result  # type: ignore[no-any-return]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order."""
         if self.alone:
             return [value]
         values: list[T | None] = [None] * self.size
@@ -64,7 +93,7 @@ class Peers:
         for exception in errors.values():
             if isinstance(exception, Agreed):
                 return CheckpointError(str(exception))
-        return CheckpointError(_message(what, {rank: brief(each) for rank, each in errors.items()}, self.size))
+        return CheckpointError(message_of(what, {rank: brief(each) for rank, each in errors.items()}, self.size))
 
 
 def brief(exception: BaseException) -> str:
@@ -78,7 +107,8 @@ def brief(exception: BaseException) -> str:
     return f"{type(exception).__name__}: {exception}{place}"
 
 
-def _message(what: str, failed: dict[int, str], size: int) -> str:
+def message_of(what: str, failed: dict[int, str], size: int) -> str:
+    """What failed on which rank of `size`."""
     if size == 1:
         return f"{what}: {failed[0]}"
     return "\n  ".join([f"{what}:", *(f"rank {rank}: {text}" for rank, text in sorted(failed.items()))])

@@ -1,29 +1,21 @@
-"""What to write and what to read: torch's save and load planners over `Mapping[str, Slice]`.
+"""What to read: torch's load planner over `Mapping[str, Slice]`.
 
-Saving. Each rank says which rectangle of which global tensor it holds. Ranks that hold the same rectangle hold equal
-values, so one of them writes it: the biggest rectangles are dealt first, each to the holder with the fewest bytes so
-far. What remains must cover every tensor exactly, which is proved before a byte is written.
-
-Loading. torch's re-sharding resolves the rectangle that a rank wants against the rectangles that are stored; what is
-read goes into shadow buffers in host memory, and to the live tensors only by `swap`, after all ranks have succeeded.
+torch's re-sharding resolves the rectangle that a rank wants against the rectangles that are stored; what is read goes into
+shadow buffers in host memory, and to the live tensors only by `swap`, after all ranks have succeeded.
 
 Problems of all ranks travel in the plans and are raised together, as one CheckpointError on every rank.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -31,16 +23,11 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
     ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from raytron.checkpoint.coverage import Box, coverage_problem
-from raytron.checkpoint.peers import Agreed
+from raytron.checkpoint.coverage import Box
+from raytron.checkpoint.deal import Offer, Offered, by_rank, raise_all
 from raytron.errors import CheckpointError
 from raytron.parallel.layout import Slice
 
@@ -74,7 +61,7 @@ def slice_box(piece: Slice) -> Box:
     return Box(tuple(piece.offsets), tuple(piece.tensor.shape))
 
 
-def _slice_problem(name: str, piece: Slice) -> str | None:
+def slice_problem(name: str, piece: Slice) -> str | None:
     """Why a slice can't be saved or loaded, or None."""
     if not name or name == "__metadata__":
         return f"a tensor can't be named {name!r}"
@@ -87,119 +74,18 @@ def _slice_problem(name: str, piece: Slice) -> str | None:
     return None
 
 
-def _by_rank(problems: Iterable[tuple[int, str]]) -> list[str]:
-    """Problems that several ranks share, said once."""
-    ranks: dict[str, list[int]] = defaultdict(list)
-    for rank, problem in problems:
-        ranks[problem].append(rank)
-    return [f"{problem} (on rank{'s' * (len(r) > 1)} {', '.join(map(str, r))})" for problem, r in ranks.items()]
-
-
-def _raise_all(what: str, problems: list[str]) -> None:
+def offer(slices: Mapping[str, Slice]) -> Offered:
+    """What a rank holds, for the deal."""
+    problems = [problem for name, piece in slices.items() if (problem := slice_problem(name, piece))]
     if problems:
-        raise Agreed("\n  ".join([f"{what}: {len(problems)} problem{'s' * (len(problems) > 1)}", *problems]))
-
-
-# ---- saving
-
-
-class _Piece(NamedTuple):
-    """One rank's offer to write a rectangle."""
-
-    rank: int
-    item: WriteItem
-    data: TensorWriteData
-
-    @property
-    def bytes(self) -> int:
-        return box_of(self.data.chunk).volume * self.data.properties.dtype.itemsize
-
-
-class SlicePlanner(SavePlanner):
-    """Plans a save of slices. `where` names the checkpoint in errors."""
-
-    def __init__(self, where: str, slices: Mapping[str, Slice]):
-        self.where, self.slices = where, slices
-
-    def set_up_planner(
-        self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
-    ) -> None:
-        """The slices were given before: torch would log every name of a state dict, which costs more than to plan it."""
-
-    def create_local_plan(self) -> SavePlan:
-        problems = [problem for name, piece in self.slices.items() if (problem := _slice_problem(name, piece))]
-        items = [] if problems else [_write_item(name, piece) for name, piece in self.slices.items()]
-        return SavePlan(items, planner_data=problems)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Choose one writer for each rectangle. Raises Agreed where the slices do not cover their tensors exactly."""
-        what = f"{self.where}: can't be saved"
-        _raise_all(
-            what, _by_rank((rank, problem) for rank, plan in enumerate(all_plans) for problem in plan.planner_data)
-        )
-        offers: dict[str, list[_Piece]] = defaultdict(list)
-        for rank, plan in enumerate(all_plans):
-            for item in plan.items:
-                assert item.tensor_data is not None
-                offers[item.index.fqn].append(_Piece(rank, item, item.tensor_data))
-        _raise_all(what, [problem for name, pieces in offers.items() if (problem := _disagreement(name, pieces))])
-        chosen = _deal(offers, len(all_plans))
-        tensors = {name: _stored(pieces, chosen[name]) for name, pieces in offers.items()}
-        problems = {
-            name: coverage_problem(record.size, [box_of(chunk) for chunk in record.chunks])
-            for name, record in tensors.items()
-        }
-        _raise_all(what, [f"{name}: {problem}" for name, problem in problems.items() if problem])
-        plans = [
-            dataclasses.replace(plan, items=[p.item for pieces in chosen.values() for p in pieces if p.rank == rank])
-            for rank, plan in enumerate(all_plans)
-        ]
-        return plans, Metadata(dict(tensors))
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self.slices[write_item.index.fqn].tensor.detach()
-
-
-def _write_item(name: str, piece: Slice) -> WriteItem:
-    box = slice_box(piece)
-    data = TensorWriteData(chunk_of(box), TensorProperties(dtype=piece.tensor.dtype), torch.Size(piece.shape))
-    return WriteItem(MetadataIndex(name, box.offsets), WriteItemType.SHARD, tensor_data=data)
-
-
-def _disagreement(name: str, pieces: list[_Piece]) -> str | None:
-    """Ranks that hold parts of one tensor must agree on its shape and dtype."""
-    kinds = {(tuple(piece.data.size), piece.data.properties.dtype): piece.rank for piece in reversed(pieces)}
-    if len(kinds) == 1:
-        return None
-    said = (f"{shape} {NAME_OF_DTYPE[dtype]} on rank {rank}" for (shape, dtype), rank in kinds.items())
-    return f"{name}: ranks disagree about its shape or dtype: {', '.join(sorted(said))}"
-
-
-def _deal(offers: dict[str, list[_Piece]], ranks: int) -> dict[str, list[_Piece]]:
-    """One writer for each non-empty rectangle: the biggest first, to the least loaded of its holders."""
-    holders: dict[tuple[str, Box], list[_Piece]] = defaultdict(list)
-    for name, pieces in offers.items():
-        for piece in pieces:
-            if piece.bytes:
-                holders[name, box_of(piece.data.chunk)].append(piece)
-    load = [0] * ranks
-    chosen: dict[str, list[_Piece]] = {name: [] for name in offers}
-    for (name, _), pieces in sorted(holders.items(), key=lambda entry: -entry[1][0].bytes):
-        writer = min(pieces, key=lambda piece: load[piece.rank])
-        load[writer.rank] += writer.bytes
-        chosen[name].append(writer)
-    return chosen
-
-
-def _stored(offered: list[_Piece], chosen: list[_Piece]) -> TensorStorageMetadata:
-    data = offered[0].data
-    return tensor_metadata(data.properties.dtype, data.size, [box_of(piece.data.chunk) for piece in chosen])
-
-
-# ---- loading
+        return Offered([], problems)
+    return Offered(
+        [
+            Offer(name, NAME_OF_DTYPE[piece.tensor.dtype], tuple(piece.shape), slice_box(piece))
+            for name, piece in slices.items()
+        ],
+        [],
+    )
 
 
 class ShadowPlanner(LoadPlanner):
@@ -236,7 +122,7 @@ class ShadowPlanner(LoadPlanner):
         both_floating = have.is_floating_point and want.is_floating_point
         if have != want and not (self.convert and both_floating):
             return f"{name}: its dtype is {have} in the checkpoint, not {want}"
-        return _slice_problem(name, piece)
+        return slice_problem(name, piece)
 
     def _read_items(self, name: str, piece: Slice) -> list[ReadItem]:
         stored = self.metadata.state_dict_metadata[name]
@@ -247,12 +133,12 @@ class ShadowPlanner(LoadPlanner):
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         """Report what any rank found wrong, and names that no rank asks for. Raises Agreed."""
-        problems = _by_rank((rank, text) for rank, plan in enumerate(global_plan) for text in plan.planner_data[0])
+        problems = by_rank((rank, text) for rank, plan in enumerate(global_plan) for text in plan.planner_data[0])
         wanted = set().union(*(plan.planner_data[1] for plan in global_plan))
         if not self.partial:
             extra = sorted(set(self.metadata.state_dict_metadata) - wanted)
             problems += [f"{name}: unexpected: in the checkpoint, but no rank asks for it" for name in extra]
-        _raise_all(f"{self.where}: does not fit", problems)
+        raise_all(f"{self.where}: does not fit", problems)
         return global_plan
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:

@@ -1,9 +1,10 @@
-"""What is written down about a generation: two JSON documents.
+"""What is written down about a generation: JSON documents.
 
     COMMIT         step, time, ranks, facts, and the size and digest of metadata.json; sealed with a digest of itself.
                    Small: a folder of many generations is listed by their COMMIT files alone.
     metadata.json  files: name, size, digest of each shard
                    tensors: dtype, global shape, and chunks: which rectangle stands at which byte of which file
+    VALIDATION     the loss on validation batches, sealed; comes after COMMIT, or never
 
 Reading them back trusts nothing: every field is checked for type and range, file names are plain, byte ranges stay
 inside their files, chunks cover their tensor exactly. Whatever is wrong is a CheckpointError that says where.
@@ -22,6 +23,7 @@ from raytron.checkpoint.files import digest_bytes, from_json, is_plain_name, to_
 from raytron.errors import CheckpointError
 
 COMMIT = "COMMIT"
+VALIDATION = "VALIDATION"
 METADATA = "metadata.json"
 FORMAT = "raytron-checkpoint"
 VERSION = 1
@@ -137,6 +139,20 @@ def parse_commit(path: Path, data: bytes) -> Commit:
             reader.digest(metadata.get("digest"), "metadata.digest"),
         ),
     )
+
+
+def dump_loss(loss: float) -> bytes:
+    """A VALIDATION file's bytes. Raises ValueError where the loss is not finite."""
+    body = {"loss": float(loss)}
+    return to_json({**body, "seal": digest_bytes(to_json(body))})
+
+
+def parse_loss(path: Path, data: bytes) -> float:
+    """The loss in a VALIDATION file, in nats. Raises CheckpointError."""
+    loss = from_json(path, data).get("loss")
+    if type(loss) is not float or not math.isfinite(loss) or dump_loss(loss) != data:
+        raise CheckpointError(f"{path}: damaged: its seal does not match its content")
+    return loss
 
 
 def dump_records(records: Records) -> bytes:

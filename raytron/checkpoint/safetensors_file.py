@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 
+from raytron.checkpoint.files import Digest, storage_of
 from raytron.checkpoint.record import FileRecord
+from raytron.checkpoint.storage import Source
 from raytron.errors import CheckpointError
 
 SPAN = 1 << 20  # a rectangle within fewer bytes than this is read with what lies between
@@ -51,22 +51,14 @@ def layout(entries: Sequence[Entry], step: int) -> tuple[bytes, list[int]]:
     return head, [len(head) + begin for begin in begins]
 
 
-def write(path: Path, head: bytes, tensors: Sequence[Callable[[], torch.Tensor]]) -> FileRecord:
-    """Write a new file durably: its head, then each tensor, fetched when its turn comes. Raises OSError.
+def write(path: Path, blocks: Iterable[memoryview]) -> FileRecord:
+    """Write a new file durably, its head first, digested on its way; blocks are fetched one by one. Raises OSError.
 
-    Tensors may be on any device, and need not be contiguous. Never overwrites.
+    Never overwrites.
     """
-    hasher, size = xxhash.xxh3_128(head), len(head)
-    with open(path, "xb", buffering=SPAN) as stream:
-        stream.write(head)
-        for fetch in tensors:
-            data = raw_bytes(fetch())
-            hasher.update(data)
-            stream.write(data)
-            size += data.nbytes
-        stream.flush()
-        os.fsync(stream.fileno())
-    return FileRecord(path.name, size, hasher.hexdigest())
+    digest = Digest()
+    storage_of(path).write(path, digest.through(blocks))
+    return FileRecord(path.name, digest.size, digest.text)
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -77,7 +69,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def read_rectangle(
-    descriptor: int, start: int, shape: Sequence[int], offsets: Sequence[int], target: torch.Tensor, dtype: torch.dtype
+    source: Source, start: int, shape: Sequence[int], offsets: Sequence[int], target: torch.Tensor, dtype: torch.dtype
 ) -> None:
     """Read the rectangle of `target`'s sizes at `offsets` of a stored tensor into `target`, converting to its dtype.
 
@@ -85,22 +77,22 @@ def read_rectangle(
     """
     sizes = tuple(target.shape)
     if not sizes:
-        target.copy_(_read(descriptor, start, 1, dtype)[0])
+        target.copy_(_read(source, start, 1, dtype)[0])
         return
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     first = start + offsets[0] * row_bytes
     whole_rows = sizes[1:] == tuple(shape[1:])
     if whole_rows and target.is_contiguous() and target.dtype == dtype and target.device.type == "cpu":
-        _read_into(descriptor, first, raw_bytes(target))
+        source.read_into(raw_bytes(target), first)
     elif whole_rows or row_bytes <= SPAN:
-        _read_rows(descriptor, first, (row_bytes, tuple(shape[1:])), offsets[1:], target, dtype)
+        _read_rows(source, first, (row_bytes, tuple(shape[1:])), offsets[1:], target, dtype)
     else:
         for row in range(sizes[0]):
-            read_rectangle(descriptor, first + row * row_bytes, shape[1:], offsets[1:], target[row], dtype)
+            read_rectangle(source, first + row * row_bytes, shape[1:], offsets[1:], target[row], dtype)
 
 
 def _read_rows(
-    descriptor: int,
+    source: Source,
     first: int,
     row: tuple[int, tuple[int, ...]],
     offsets: Sequence[int],
@@ -113,22 +105,13 @@ def _read_rows(
     for begin in range(0, target.shape[0], step):
         count = min(step, target.shape[0] - begin)
         elements = count * row_bytes // dtype.itemsize
-        rows = _read(descriptor, first + begin * row_bytes, elements, dtype).view(count, *row_shape)
+        rows = _read(source, first + begin * row_bytes, elements, dtype).view(count, *row_shape)
         for dim, (offset, size) in enumerate(zip(offsets, target.shape[1:], strict=True), start=1):
             rows = rows.narrow(dim, offset, size)
         target.narrow(0, begin, count).copy_(rows)
 
 
-def _read(descriptor: int, start: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
+def _read(source: Source, start: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
     buffer = torch.empty(elements, dtype=dtype)
-    _read_into(descriptor, start, raw_bytes(buffer))
+    source.read_into(raw_bytes(buffer), start)
     return buffer
-
-
-def _read_into(descriptor: int, start: int, view: memoryview) -> None:
-    """Fill `view` with the bytes from `start` on. Raises OSError at the end of the file."""
-    while len(view):
-        count = os.preadv(descriptor, [view[: 1 << 30]], start)
-        if count == 0:
-            raise OSError(5, "the file ends too early")
-        view, start = view[count:], start + count

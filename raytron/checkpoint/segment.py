@@ -30,7 +30,8 @@ import torch
 import xxhash
 
 from raytron.checkpoint.coverage import Box
-from raytron.checkpoint.files import digest_bytes, opened, to_json
+from raytron.checkpoint.files import digest_bytes, to_json
+from raytron.checkpoint.local_storage import opened
 from raytron.checkpoint.planner import DTYPE_OF_NAME
 from raytron.checkpoint.record import ELEMENT_BYTES, LARGEST
 from raytron.errors import CheckpointError

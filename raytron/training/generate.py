@@ -13,6 +13,7 @@ import torch
 
 from raytron.checkpoint.catalog import Generation, find
 from raytron.checkpoint.checkpointer import facts as read_facts
+from raytron.checkpoint.storage import scheme_of
 from raytron.checkpoint.whole import read_whole
 from raytron.config import RunConfig, from_mapping
 from raytron.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ def generate(checkpoint: Path | str, prompt: str, tokens: int = 32) -> str:
     """
     generation = find(checkpoint)
     eod = str(read_facts(generation)["config"]["data"]["tokenizer"]["eod"])
-    tokenizer = Tokenizer(_tokenizer_of(generation.path), eod)
+    tokenizer = Tokenizer(_tokenizer_of(generation), eod)
     model = load_model(generation)
     ids = tokenizer.encode(prompt) or [tokenizer.eod]
     made = greedy(model, ids, tokens, model.model.max_positions if model.position is not None else None)
@@ -75,9 +76,12 @@ def greedy(model: Stage, ids: list[int], count: int, limit: int | None = None) -
     return ids[start:]
 
 
-def _tokenizer_of(generation: Path) -> Path:
-    """The tokenizer of the run that a generation belongs to: beside it or in a folder above it."""
-    for folder in (generation, *list(generation.resolve().parents)[:3]):
+def _tokenizer_of(generation: Generation) -> Path:
+    """The tokenizer of the run that a generation belongs to: beside it, in a folder above it, or in the run's own."""
+    near: list[Path] = []
+    if scheme_of(generation.path) is None:
+        near = [generation.path, *list(generation.path.resolve().parents)[:3]]
+    for folder in (*near, Path(read_facts(generation)["config"]["run_dir"])):
         if (folder / "tokenizer.json").is_file():
             return folder / "tokenizer.json"
-    raise CheckpointError(f"no tokenizer.json in {generation} or the run directory above it")
+    raise CheckpointError(f"no tokenizer.json in {generation.path}, above it, or in the directory of its run")

@@ -3,7 +3,7 @@
     run_dir/config.yaml      the complete configuration of the latest start, the LR horizon fixed when the run began
             metrics.jsonl    one line for each committed step
             events.jsonl     what happened, and why
-            checkpoints/     generations
+            checkpoints/     generations, where `checkpoint.directory` names no other place
             times/           what actions took, where a run has measured them
             trace/           its timeline, where `observe.trace_steps` asks for it
             data/            the data set, where the run prepared it
@@ -24,7 +24,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from raytron.checkpoint.catalog import Generation, committed
+from raytron.checkpoint.catalog import Generation, checkpoints_of, committed
+from raytron.checkpoint.storage import scheme_of
 from raytron.config import RunConfig, flatten, load, to_mapping, to_yaml
 from raytron.errors import ConfigError, Problem
 
@@ -36,9 +37,16 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Names the files of a run."""
+    """Names the files of a run. elsewhere: the place of its checkpoints; None: as its config.yaml says."""
 
     path: Path
+    elsewhere: Path | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunDirectory:
+        """That of a run which is about to begin or to go on."""
+        path, stated = Path(config.run_dir), config.checkpoint.directory
+        return cls(path, path / "checkpoints" if stated is None else Path(stated))
 
     @property
     def config(self) -> Path:
@@ -54,7 +62,8 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        """A folder, or a place in an object store (`raytron.checkpoint.storage`)."""
+        return checkpoints_of(self.path) if self.elsewhere is None else self.elsewhere
 
     @property
     def tokenizer(self) -> Path:
@@ -109,13 +118,16 @@ def occupied(directory: RunDirectory) -> list[Problem]:
 
 
 def settle(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
-    """The configuration as it will be run: an absolute run_dir, the LR horizon fixed; and what forbids to go on with it.
+    """The configuration as it will be run: absolute places, the LR horizon fixed; and what forbids to go on with it.
 
     Steps to be traced that are past are forgotten where the schedule is `auto`, which then measures the next ones.
     A run that has committed no generation yet has nothing to go on with: it may begin anew in any way.
     """
     config = config.replace(run_dir=str(Path(config.run_dir).expanduser().absolute()))
-    directory = RunDirectory(Path(config.run_dir))
+    stated = config.checkpoint.directory
+    if stated is not None and scheme_of(stated) is None:
+        config = config.replace(**{"checkpoint.directory": str(Path(stated).expanduser().absolute())})
+    directory = RunDirectory.of(config)
     newest = directory.newest()
     try:
         before = directory.stored() if newest is not None else None

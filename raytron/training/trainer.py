@@ -15,8 +15,8 @@ from raytron.checkpoint import gather
 from raytron.checkpoint.catalog import Generation
 from raytron.checkpoint.checkpointer import facts as read_facts
 from raytron.checkpoint.checkpointer import load as load_slices
-from raytron.checkpoint.checkpointer import save as save_slices
 from raytron.checkpoint.memory import Replicas
+from raytron.checkpoint.saver import Phase
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.checkpoint.store import Hook, no_hook
 from raytron.config import to_mapping
@@ -32,6 +32,7 @@ from raytron.plan.plan import Plan
 from raytron.training.at_once import AtOnce
 from raytron.training.engine import Engine, StepResult
 from raytron.training.replicas import Position, check_same_optimizer, committed
+from raytron.training.saves import WRITING, Saves
 
 
 class Started(NamedTuple):
@@ -42,6 +43,7 @@ class Started(NamedTuple):
     sequences: int
     loss_scale: float
     seconds: float
+    saving: Phase  # of the checkpoint under way when the step began
 
 
 class Trainer:
@@ -66,6 +68,7 @@ class Trainer:
         self.engine = Engine(plan, mesh, self.clock.watch, hook)
         self.at_once = AtOnce(self.engine) if plan.config.optimizer.at_once else None
         self.replicas: Replicas | None = None
+        self.saves = Saves(mesh, plan.config.checkpoint.background, hook)
         self._started: deque[Started] = deque()
         self.step = 0  # committed steps
         self.consumed = 0  # samples of committed steps
@@ -88,14 +91,15 @@ class Trainer:
         wanted = every is not None and (self.step + 1) % every == 0
         if self.tracer is not None:
             self.tracer.begin(self.step + 1)
-        result = self._step(batch, lr, request, sequences, wanted)
+        saving = self.saves.phase
+        result = self._step(batch, lr, request | self.saves.bit, sequences, wanted)
         self.consumed += sequences
         self.step += 1
         if self.tracer is not None:
             self.tracer.finish()
         if self.at_once is None:
             self._replicate(result)
-        self._started.append(Started(self.step, lr, sequences, used_scale, self.clock.end(self.step)))
+        self._started.append(Started(self.step, lr, sequences, used_scale, self.clock.end(self.step), saving))
         return self._record(result)
 
     def _step(self, batch: Batch, lr: float, request: int, sequences: int, norms: bool) -> StepResult | None:
@@ -127,6 +131,7 @@ class Trainer:
             return None
         started, config = self._started.popleft(), self.plan.config
         self.skipped_steps += result.skipped
+        self.saves.heard(started.saving, result.request)
         record: Record = {
             "step": started.step,
             "loss": result.loss,
@@ -135,7 +140,7 @@ class Trainer:
             "tokens": result.tokens,
             "step_time_s": started.seconds,
             "tokens_per_s": result.tokens / started.seconds,
-            "request": result.request,
+            "request": result.request & ~WRITING,
         }
         if config.batch_ramp.start is not None:
             record["sequences"] = started.sequences
@@ -194,12 +199,33 @@ class Trainer:
         }
 
     def save(self, directory: Path | str) -> Path:
-        """Writes a committed generation together with all other ranks; returns its path."""
+        """Writes a committed generation together with all other ranks, and waits for it; returns its path. Raises
+        CheckpointError on every rank, and then nothing was committed."""
         assert not self._started, "settle first"
-        return save_slices(directory, self.step, self.state(), self.facts(), self.mesh.control, hook=self.hook)
+        return self.saves.save(directory, self.step, self.state(), self.facts())
+
+    def begin_save(self, directory: Path | str) -> Path | None:
+        """As `save`, but goes on as soon as the state is copied (`checkpoint.background`), and raises nothing: `reports`
+        says how it ended, some steps later. Before a run ends or leaves its mesh, `settle_saves`.
+
+        The path of the generation that is to be, None where it could not begin. If one is still under way, ranks wait for
+        it first.
+        """
+        assert not self._started, "settle first"
+        return self.saves.begin(directory, self.step, self.state(), self.facts())
+
+    def settle_saves(self) -> None:
+        """Waits for the checkpoint under way; together with all other ranks."""
+        self.saves.settle()
+
+    def reports(self) -> list[Record]:
+        """How checkpoints have ended since the last call, equal on all ranks: event ("checkpoint", "checkpoint_failed"),
+        step, path, seconds, stall_s, bytes, error."""
+        return self.saves.reports()
 
     def load(self, generation: Generation | Path | str) -> None:
         """Goes on from a generation that any mesh saved. Raises CheckpointError, and then nothing was changed."""
+        self.settle_saves()
         facts = read_facts(generation)
         self._check(facts)
         with self.engine.changing():

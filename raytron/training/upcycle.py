@@ -43,7 +43,7 @@ def upcycle(checkpoint: Path | str, config: RunConfig) -> Path:
     """
     generation = find(checkpoint)
     dense = from_mapping(read_facts(generation)["config"]).model
-    directory = RunDirectory(Path(config.run_dir)).checkpoints
+    directory = RunDirectory.of(config).checkpoints
     found = [*problems(config), *_mismatches(dense, config.model)]
     if committed(directory):
         found.append(Problem("run_dir", f"{config.run_dir} has checkpoints already", "name a directory without"))

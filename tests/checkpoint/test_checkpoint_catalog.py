@@ -111,6 +111,35 @@ def test_retention_never_removes_the_newest_good_one(tmp_path: Path) -> None:
     assert newest_good(tmp_path) is None
 
 
+def test_milestones_and_the_best_stay_although_they_are_old(tmp_path: Path) -> None:
+    losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.0, 6: 2.9}
+    for step in range(9):
+        path = make(tmp_path, step)
+        if step in losses:
+            assert catalog.note_validation(path, losses[step])
+    prune(tmp_path, 1, keep_every=3, keep_best=2)
+    assert steps(tmp_path) == [8, 6, 4, 3, 2]
+    assert [generation.validation_loss for generation in committed(tmp_path)] == [None, 2.9, 2.0, 2.5, 2.0]
+    prune(tmp_path, 1, keep_best=1)
+    assert steps(tmp_path) == [8, 4]
+
+
+def test_a_validation_loss_is_optional_and_sealed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [make(tmp_path, step) for step in range(3)]
+    assert catalog.note_validation(paths[0], 2.0)
+    assert catalog.note_validation(paths[0], 1.5)
+    assert open_generation(paths[0]).validation_loss == 1.5
+    assert not catalog.note_validation(paths[1], float("nan"))
+    assert not catalog.note_validation(tmp_path / "gone", 1.0)
+    flip_bit(paths[0] / "VALIDATION", 9)
+    with pytest.raises(CheckpointError, match="VALIDATION"):
+        _ = open_generation(paths[0]).validation_loss
+    assert verify(open_generation(paths[0]))
+    prune(tmp_path, 1, keep_best=1)
+    assert steps(tmp_path) == [2]
+    assert "VALIDATION" in caplog.text
+
+
 def test_retention_judges_by_sizes_if_told(tmp_path: Path) -> None:
     paths = [make(tmp_path, step) for step in range(3)]
     flip_bit(shard(paths[2]))

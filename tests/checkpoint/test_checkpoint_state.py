@@ -130,7 +130,7 @@ def test_shards_are_plain_safetensors(tmp_path: Path) -> None:
 
 
 def test_a_rank_begins_another_file_when_one_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytron.checkpoint.store.SHARD_BYTES", 600)
+    monkeypatch.setattr("raytron.checkpoint.deal.SHARD_BYTES", 600)
     path = save_state(tmp_path)
     assert len(shards(path)) == 3
     held = share(tensors(), 1, 0, blank=True)
@@ -233,7 +233,7 @@ def test_files_of_another_step_are_found(tmp_path: Path) -> None:
 
 
 def test_only_files_that_are_read_must_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytron.checkpoint.store.SHARD_BYTES", 600)
+    monkeypatch.setattr("raytron.checkpoint.deal.SHARD_BYTES", 600)
     path = save_state(tmp_path)
     record = open_generation(path).records.tensors["optimizer.moment"].chunks[0]
     flip_bit(path / record.file)
