@@ -12,7 +12,7 @@ from harness import pieces, whole
 from models import batch_of, tiny
 
 from raytron.config import RunConfig
-from raytron.data.batch import Batch
+from raytron.data.batch import Batch, part_of
 from raytron.errors import CheckpointError
 from raytron.parallel.mesh import Mesh
 from raytron.plan.mesh import MeshShape
@@ -50,9 +50,11 @@ class RandomStream:
         self.sequence_length, self.samples_per_epoch = config.sequence_length, 1 << 40
 
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
-        step, rest = divmod(first, self.config.global_batch_size)
-        assert (rest, count) == (0, self.config.global_batch_size)
-        return batch_of(self.config, step, part, parts)
+        step, at = divmod(first, self.config.global_batch_size)
+        assert at + count <= self.config.global_batch_size
+        whole = batch_of(self.config, step)
+        start, stop = part_of(at, count, part, parts)
+        return Batch(*(None if field is None else field[start:stop] for field in whole))
 
 
 def trainer_of(rank: int, config: RunConfig) -> Trainer:
