@@ -22,8 +22,6 @@ for it on the device, and a thread makes the digest. (Written for real; not run 
 from __future__ import annotations
 
 import logging
-import tempfile
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +32,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from raytron.checkpoint import folder as folders
 from raytron.checkpoint.coverage import Box
 from raytron.checkpoint.deal import deal as deal_out
 from raytron.checkpoint.files import to_json
@@ -45,20 +44,10 @@ from raytron.checkpoint.store import Hook, no_hook
 from raytron.errors import CheckpointError
 from raytron.parallel.layout import Slice
 
-TMPFS = Path("/dev/shm")
-FACTS_ROOM = 4096  # bytes by which facts may grow
+FACTS_ROOM = 1 << 18  # bytes by which facts may grow
 PATIENCE_S = 5.0
 BUFFERS = 2
 log = logging.getLogger(__name__)
-
-
-def memory_folder(run: str) -> Path:
-    """The folder of a run's segments on this machine: on tmpfs, where there is one."""
-    if TMPFS.is_dir():
-        return TMPFS / f"raytron-{run}"
-    folder = Path(tempfile.gettempdir()) / f"raytron-{run}"
-    warnings.warn(f"there is no {TMPFS} here: what is meant for memory is written to {folder}", stacklevel=2)
-    return folder
 
 
 def segment_name(epoch: int, rank: int, buffer: int | str) -> str:
@@ -164,12 +153,12 @@ class Replicas:
         parts = self.deal.parts()
         self._sources = [self.slices[part.name].tensor.detach() for part in parts]
         self._files: list[SegmentFile] = []
-        peers.attempt("no segments for the state", lambda: self._make(parts) if every else None)
+        peers.attempt("no segments for the state", lambda: self._make(parts, BUFFERS if every else 0))
         self._pulled = Pulled(self.folder, epoch, peers.rank)
 
-    def _make(self, parts: Sequence[Part]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for buffer in range(BUFFERS):
+    def _make(self, parts: Sequence[Part], buffers: int) -> None:
+        folders.use(self.folder)
+        for buffer in range(buffers):
             path = self.folder / segment_name(self.origin.epoch, self.origin.rank, buffer)
             file = SegmentFile(path, self.origin, parts, self._facts_bytes)
             self._copies.lock(file)
@@ -197,7 +186,13 @@ class Replicas:
 
     def _publish(self, file: SegmentFile, step: int, facts: dict[str, Any]) -> None:
         self.hook("replicated")
-        file.publish(step, facts)
+        try:
+            file.publish(step, facts)
+        except (CheckpointError, ValueError, TypeError) as error:  # training goes on; the segment before still counts
+            log.error("the state of step %d is not in memory: %s", step, error)
+            self._files.remove(file)
+            self._files.insert(0, file)  # the next one goes there, not over the one that counts
+            self.step = None
 
     def before_update(self) -> None:
         """The state is about to change: the device first finishes copying it."""
@@ -224,7 +219,6 @@ class Replicas:
         """
         parts = self.deal.parts_among(self.origin.rank, ranks)
         path = self.folder / segment_name(self.origin.epoch, self.origin.rank, "parked")
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = SegmentFile(path, self.origin, parts, self._facts_bytes)
         for target, part in zip(file.targets, parts, strict=True):
             target.copy_(slices[part.name].tensor.detach())

@@ -20,8 +20,7 @@ ABANDONED = "ABANDONED"
 
 def claim(directory: Path) -> None:
     """Say that this process writes a generation. Raises OSError."""
-    owner = {"place": _place(), "process": os.getpid(), "born": _born(os.getpid())}
-    storage_of(directory).write(directory / WRITING, [memoryview(to_json(owner))])
+    storage_of(directory).write(directory / WRITING, [memoryview(to_json(this_process()))])
 
 
 def release(directory: Path) -> None:
@@ -38,14 +37,26 @@ def is_ownerless(directory: Path, abandoned_after_s: float) -> bool:
         owner = from_json(directory / WRITING, read_file(directory / WRITING))
     except CheckpointError:
         owner = {}
-    process = owner.get("process")
-    place = _place()
-    if place is not None and place == owner.get("place") and type(process) is int:
-        return _born(process) != owner.get("born")
+    alive = lives(owner)
+    if alive is not None:
+        return not alive
     try:
         return time.time() - storage.last_change(directory) > abandoned_after_s
     except OSError:  # it is changing while we look
         return False
+
+
+def this_process() -> dict[str, object]:
+    """What tells this process from every other one, as JSON."""
+    return {"place": _place(), "process": os.getpid(), "born": _born(os.getpid())}
+
+
+def lives(process: dict[str, object]) -> bool | None:
+    """Whether the process of which `this_process` told lives; None where it can't be seen from here."""
+    number, place = process.get("process"), _place()
+    if place is None or place != process.get("place") or type(number) is not int:
+        return None
+    return _born(number) == process.get("born")
 
 
 def _place() -> str | None:

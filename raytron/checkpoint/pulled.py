@@ -39,6 +39,11 @@ class PulledBoard:
             os.close(descriptor)
         self.world = world
 
+    def reset(self) -> None:
+        """Nothing has been pulled yet."""
+        for rank in range(self.world):
+            WORD.pack_into(self._map, rank * WORD.size, 0)
+
     def say(self, rank: int, step: int) -> None:
         """The partner holds the segment of `rank` at `step`, digest checked."""
         WORD.pack_into(self._map, rank * WORD.size, step + 1)

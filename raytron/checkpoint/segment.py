@@ -124,7 +124,7 @@ class SegmentFile:
         self._room = room
         self._data_at = _up(self._page_at + SEALED.size + room, PAGE_BYTES)
         self.size = self._data_at + self.data_bytes
-        self.map = _make(path, self.size)
+        self.map = make(path, self.size)
         self._table = table
         PREFIX.pack_into(self.map, 0, MAGIC, self.turn, len(table), room, self.data_bytes)
         self.map[TABLE_AT : self._page_at] = table
@@ -137,7 +137,10 @@ class SegmentFile:
         TURN.pack_into(self.map, TURN_AT, self.turn)
 
     def publish(self, step: int, facts: dict[str, Any]) -> None:
-        """All of `targets` is written: the segment counts, as that of this step. Raises CheckpointError."""
+        """All of `targets` is written: the segment counts, as that of this step.
+
+        Raises CheckpointError where the facts have outgrown their room, ValueError or TypeError where they are not JSON.
+        """
         with memoryview(self.map) as view, view[self._data_at : self.size] as data:
             digest = str(xxhash.xxh3_128_hexdigest(data))
         page = to_json({"step": step, "facts": facts, "digest": digest})
@@ -178,7 +181,7 @@ def _up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def _make(path: Path, size: int) -> mmap.mmap:
+def make(path: Path, size: int) -> mmap.mmap:
     """A new file of `size` bytes, mapped. What it needs is taken now: a full tmpfs must not kill the writer later."""
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -215,6 +218,28 @@ def mapped(path: Path) -> Iterator[mmap.mmap]:
             raise CheckpointError(f"{path}: damaged: {size} bytes are no segment")
         view = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
     yield view  # unmapped when the last array over it is gone
+
+
+class Newest(NamedTuple):
+    """What tells one writing of a segment from another, read without its tables and not checked."""
+
+    seal: str
+    step: int
+
+
+def glance(view: mmap.mmap) -> Newest | None:
+    """What a segment holds, cheaply; None where it is not complete."""
+    magic, turn, table_bytes, room, _ = PREFIX.unpack_from(view, 0)
+    page_at = TABLE_AT + table_bytes
+    if magic != MAGIC or turn % 2 or page_at + SEALED.size + room > len(view):
+        return None
+    page_bytes, seal = SEALED.unpack_from(view, page_at)
+    page = view[page_at + SEALED.size : page_at + SEALED.size + min(page_bytes, room)]
+    try:
+        found = Newest(seal.decode(), _count(json.loads(page)["step"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if TURN.unpack_from(view, TURN_AT)[0] == turn else None
 
 
 def read_head(path: Path, view: mmap.mmap) -> Head:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from raytron.checkpoint import gather, segment
 from raytron.checkpoint.coverage import Box
+from raytron.checkpoint.folder import memory_folder
 from raytron.checkpoint.gather import Window, read_windows
-from raytron.checkpoint.memory import Replicas, memory_folder, segment_name
+from raytron.checkpoint.memory import Replicas, segment_name
 from raytron.checkpoint.segment import Inventory, Origin, Part, SegmentFile, read_segment
 from raytron.checkpoint.sources import choose, survey
 from raytron.errors import CheckpointError
@@ -24,6 +25,10 @@ from raytron.parallel.layout import Slice
 
 class Died(Exception):
     """What stands for the death of a writer."""
+
+
+def die() -> None:
+    raise Died
 
 
 def state(value: float) -> dict[str, Slice]:
@@ -81,7 +86,7 @@ def test_the_newest_step_comes_back(tmp_path):
     assert restored(tmp_path) == (5, 5.0)
     assert restored(tmp_path, up_to=4) == (4, 4.0)
     assert choose(survey(tmp_path, "here").held, up_to=3).generation is None
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.segment"))) == 2
 
 
 @pytest.mark.parametrize("phase", ["replicate", "replicated"])
@@ -127,7 +132,7 @@ def test_damage_is_named_and_the_older_buffer_taken(tmp_path, part):
 
 def test_nothing_good_is_none(tmp_path):
     written(tmp_path, 2)
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("*.segment"):
         flip(path, read_segment(path).data[0])
     found = survey(tmp_path, "here")
     assert len(found.passed_over) == 2
@@ -195,21 +200,32 @@ def test_a_full_memory_is_an_error_with_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(CheckpointError, match=r"no room for \d+ bytes(?s:.*)remedy: .*recovery.memory_every"):
         Replicas(tmp_path, 1, state(0.0), {})
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.segment")) == []
 
 
-def test_facts_that_outgrow_their_room_are_refused(tmp_path):
+@pytest.mark.parametrize("note", ["x" * 300_000, float("nan"), object()])
+def test_facts_that_can_not_be_written_cost_no_more_than_a_segment(tmp_path, caplog, note):
     replicas = Replicas(tmp_path, 1, state(0.0), {})
-    with pytest.raises(CheckpointError, match="the facts of step 1 need"):
-        replicas.write(1, {"note": "x" * 10_000})
-    assert survey(tmp_path, "here").held == []
+    replicas.write(1, facts(1))
+    replicas.write(2, {"note": note})
+    replicas.wait()
+    assert "the state of step 2 is not in memory" in caplog.text
+    assert [held.step for held in survey(tmp_path, "here").held] == [1]
+    replicas.hook = lambda phase: die() if phase == "replicated" else None
+    with pytest.raises(Died):
+        replicas.write(3, facts(3))
+    assert restored(tmp_path) == (1, 0.0)
+    replicas.hook = lambda phase: None
+    fill(replicas.slices, 3.0)
+    replicas.write(3, facts(3))
+    assert restored(tmp_path) == (3, 3.0)
 
 
 def test_a_machine_without_tmpfs_is_told_so(monkeypatch, tmp_path):
-    assert memory_folder("some-run") == Path("/dev/shm/raytron-some-run")
-    monkeypatch.setattr("raytron.checkpoint.memory.TMPFS", tmp_path / "none")
+    assert memory_folder("some/run", "0123456789abcdef0123") == Path("/dev/shm/raytron-some-run-0123456789abcdef")
+    monkeypatch.setattr("raytron.checkpoint.folder.TMPFS", tmp_path / "none")
     with pytest.warns(UserWarning, match="what is meant for memory is written to"):
-        assert memory_folder("some-run").name == "raytron-some-run"
+        assert memory_folder("run", "n").name == "raytron-run-n"
 
 
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=40))
