@@ -32,8 +32,8 @@ from raytron.config import load
 from raytron.errors import CheckpointError, ConfigError
 
 __all__ = [
-    "Generation", "abandon", "checkpoints_of", "commit", "committed", "create", "find", "newest_good", "note_validation",
-    "open_generation", "prune", "verify",
+    "Generation", "abandon", "checkpoints_of", "commit", "committed", "create", "damages", "find", "newest_good",
+    "note_validation", "open_generation", "prune", "verify",
 ]  # fmt: skip
 Report = Callable[[Path, CheckpointError], None]
 log = logging.getLogger(__name__)
@@ -74,6 +74,28 @@ def _problem(generation: Generation, file: FileRecord, digests: bool) -> str | N
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def damages(path: Path | str) -> dict[Path, str]:
+    """Every committed generation that a path means (itself, or all of a folder of checkpoints or a run directory), newest
+    first, and what is wrong with it: every damaged file by name, or nothing. Reads all bytes."""
+    path = Path(path)
+    folders = [path] if is_committed(path) else directories(path) or directories(checkpoints_of(path))
+    return {folder: _damage(folder) for folder in sorted(folders, reverse=True) if is_committed(folder)}
+
+
+def _damage(folder: Path) -> str:
+    found = []
+    try:
+        generation = open_generation(folder)
+        for check in (lambda: verify(generation), lambda: generation.validation_loss):
+            try:
+                check()
+            except CheckpointError as error:
+                found.append(str(error))
+    except CheckpointError as error:
+        found.append(str(error))
+    return "\n".join(found)
 
 
 def newest_good(directory: Path | str, report: Report | None = None, *, digests: bool = True) -> Generation | None:

@@ -12,19 +12,33 @@ from typing import Any
 from raytron.checkpoint import catalog
 from raytron.checkpoint.catalog import Generation
 from raytron.checkpoint.record import Records, TensorRecord
+from raytron.checkpoint.storage import url_of
+from raytron.errors import CheckpointError
 
 
 def describe(path: Path | str, verify: bool = False) -> str:
     """Step, facts, tensors grouped by name, and files of a generation.
 
     path: a generation, a folder of checkpoints or a run directory (its newest committed generation).
-    verify: read every file and check its digest, not only its size.
+    verify: read every file of all generations meant and check its digest, not only its size.
 
-    Raises CheckpointError where there is none, or it does not verify.
+    Raises CheckpointError where there is none, or one does not verify; it names every damaged file.
     """
+    if verify:
+        _verify(path)
     generation = catalog.find(path)
-    records = catalog.verify(generation, digests=verify)
+    records = catalog.verify(generation, digests=False)
     return "\n".join([*_head(generation, records, verify), "", *_facts(generation.facts), "", *_tensors(records)])
+
+
+def _verify(path: Path | str) -> None:
+    found = catalog.damages(path)
+    bad = {folder: text for folder, text in found.items() if text}
+    if not bad:
+        return
+    good = next((folder.name for folder in found if folder not in bad), "none")
+    head = f"{len(bad)} of {_count(len(found), 'checkpoint')} damaged; the newest good one: {good}"
+    raise CheckpointError("\n  ".join([head, *(line for text in bad.values() for line in text.splitlines())]))
 
 
 def _head(generation: Generation, records: Records, verified: bool) -> list[str]:
@@ -32,11 +46,13 @@ def _head(generation: Generation, records: Records, verified: bool) -> list[str]
     checked = "digests verified" if verified else "sizes verified, digests not read"
     on_disk = sum(file.size for file in records.files.values())
     elements = sum(tensor.elements for tensor in records.tensors.values())
+    loss = generation.validation_loss
     return [
-        f"checkpoint  {generation.path}",
+        f"checkpoint  {url_of(generation.path)}",
         f"step        {generation.step}, committed {written} by {_count(generation.ranks, 'rank')}",
         f"tensors     {_count(len(records.tensors), 'tensor')}, {elements:,} elements, {size_text(records.bytes)}",
         f"files       {_count(len(records.files), 'file')}, {size_text(on_disk)}, {checked}",
+        *([] if loss is None else [f"validation  {loss:.4f} nats"]),
     ]
 
 
