@@ -41,6 +41,8 @@ OptimizerName = Literal["adamw", "muon", "lion", "sgd"]
 RecomputeName = Literal["none", "selective", "full"]
 RecomputePart = Literal["attention", "norm", "activation", "dropout"]
 DecayName = Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
+LONGEST, LONGEST_NUMBER = 1 << 17, 300  # characters of YAML, and of a number in it
+MOST_VALUES, DEEPEST = 4_000, 40  # in a configuration
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 
 
@@ -415,11 +417,12 @@ def load(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) 
     if isinstance(source, str | Path):
         path = Path(source)
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            with path.open(encoding="utf-8") as file:
+                raw = _parse(file.read(LONGEST + 1))
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError([Problem(str(path), reason, "give the path of a YAML file")]) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise ConfigError([Problem(str(path), f"not valid YAML: {error}", "mend the file")]) from None
     if raw is None:
         raw = {}
@@ -438,12 +441,48 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             found.append(Problem(item, "is not of the form key=value", "write e.g. mesh.tp=2"))
             continue
         try:
-            changes[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            found.append(Problem(key, f"the value {text!r} is not valid YAML", "quote it"))
+            changes[key] = _parse(text)
+        except ValueError:
+            found.append(Problem(key, f"the value {text[:200]!r} is not valid YAML", "quote it"))
     if found:
         raise ConfigError(found)
     return changes
+
+
+def _parse(text: str) -> Any:
+    """The value of some YAML, in bounded time and memory. Raises ValueError where it is none, or far beyond any need: long,
+    deep, or many times larger than it looks, by aliases."""
+    if len(text) > LONGEST:
+        raise ValueError(f"longer than {LONGEST:,} characters")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, 0, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:  # constructors of tagged values fail in ways of their own
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _measure(node: yaml.Node, depth: int, sizes: dict[int, int]) -> int:
+    """How many values a node stands for, all aliases written out. sizes: of nodes seen, by id."""
+    if depth > DEEPEST:
+        raise ValueError("nested too deeply")
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > LONGEST_NUMBER:
+        raise ValueError("a number of too many digits")
+    if id(node) not in sizes:
+        inside: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            inside = [each for pair in node.value for each in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            inside = node.value
+        sizes[id(node)] = 1 + sum(_measure(each, depth + 1, sizes) for each in inside)
+    if sizes[id(node)] > MOST_VALUES:
+        raise ValueError("too large with all its aliases")
+    return sizes[id(node)]
 
 
 def from_mapping(raw: Mapping[str, Any]) -> RunConfig:
@@ -556,7 +595,7 @@ def _build(cls: Any, raw: Any, prefix: str, found: list[Problem]) -> Any:
         else:
             try:
                 values[key] = _convert(value, hints[key])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 expected = _type_name(hints[key])
                 found.append(Problem(f"{prefix}{key}", f"{value!r} is not {expected}", f"give {expected}"))
     return cls(**values)

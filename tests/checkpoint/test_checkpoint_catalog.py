@@ -29,6 +29,7 @@ from raytron.checkpoint.record import (
     TensorRecord,
     dump_records,
     parse_commit,
+    parse_loss,
     parse_records,
 )
 from raytron.errors import CheckpointError
@@ -370,7 +371,7 @@ def test_mutated_metadata_gives_no_other_error(tmp_path: Path, data: st.DataObje
 @example(b'{"tensors": {"a": {"dtype": "F32", "shape": [1e999], "chunks": NaN}}, "files": []}')
 @example(b"\xff\xfe{}")
 def test_bytes_that_are_no_metadata(data: bytes) -> None:
-    for parse in (parse_commit, parse_records):
+    for parse in (parse_commit, parse_records, parse_loss):
         with pytest.raises(CheckpointError, match="some/where"):
             parse(Path("some/where"), data)
 
