@@ -135,7 +135,7 @@ RANGES: tuple[Range, ...] = (
     *_at_least(1, "recovery.memory_every"),
     *_more_than_zero("recovery.heartbeat_s recovery.window_s"),
     *_more_than_zero("observe.peak_tflops cluster.cpus_per_worker cluster.timeout_s cluster.placement_timeout_s"),
-    *_at_least(1, "cluster.threads_per_worker guard.rollback_steps guard.max_skipped"),
+    *_at_least(1, "cluster.threads_per_worker guard.rollback_steps guard.max_skipped guard.digest_every"),
     *_more_than_zero("guard.spike"),
     *_at_least(10, "guard.spike_window"),
 )

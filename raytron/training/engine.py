@@ -61,6 +61,7 @@ class StepResult(NamedTuple):
     noise: Noise | None  # where asked for
     metrics: dict[str, float]  # by name, what else was measured: experts/dropped, …
     finding: Finding | None = None  # of a step that was run more than once
+    own: int = 0  # but this: of this rank's own loss and gradients, equal where all their bits are; 0: not known
 
 
 class _Bound:
@@ -160,10 +161,10 @@ class Engine:
         sequences = sequences or self.plan.config.global_batch_size
         attempt = partial(self._attempt, batch, request, sequences, layer_norms)
         overflows = self.loss_scale.dynamic and self.loss_scale.value > self.loss_scale.SMALLEST
-        run, finding = (attempt(), None) if skip else self.guard.examine(attempt, overflows)
+        run, finding = (attempt(False), None) if skip else self.guard.examine(attempt, overflows)
         result = self.result(run.sums, sequences)
         finite, kept = not result.skipped, finding is None or finding.action == "keep"
-        result = result._replace(skipped=skip or not (finite and kept), finding=finding)
+        result = result._replace(skipped=skip or not (finite and kept), finding=finding, own=run.own)
         if not result.skipped:
             limit = clip_scale(result.grad_norm, self.plan.config.optimizer.clip_norm)
             self.update(lr, self.mend(run.sums["tokens"], sequences) * limit)
@@ -172,11 +173,14 @@ class Engine:
             self.guard.took(result.loss, result.grad_norm, result.skipped, overflow=overflows and not finite)
         return result
 
-    def _attempt(self, batch: Batch, request: int, sequences: int, layer_norms: bool) -> Attempt:
-        """Gradients of a step, and what all ranks say of them. May be called again: it leaves nothing behind."""
+    def _attempt(self, batch: Batch, request: int, sequences: int, layer_norms: bool, look: bool) -> Attempt:
+        """Gradients of a step, and what all ranks say of them. May be called again: it leaves nothing behind.
+
+        look: whether this rank's own gradients are finite.
+        """
         own = self.guard.own
         if own is not None:
-            own.begin()
+            own.begin(look)
         loss, tokens = self.forward_backward(batch, sequences)
         values = self.values(loss, tokens, request, layer_norms)
         self.before_commit()
@@ -185,8 +189,8 @@ class Engine:
         if self.canonical:
             sums |= exact_squared_norms(self._counted(layer_norms), self.mesh)
         result = self.result(sums, sequences)
-        mine = () if own is None else (loss, *own.values())
-        return Attempt(result.loss, result.grad_norm, sums, mine)
+        mine = (0, True) if own is None else (own.fingerprint(loss), own.all_finite())
+        return Attempt(result.loss, result.grad_norm, sums, *mine)
 
     def values(self, loss: float, tokens: float, request: int, layer_norms: bool) -> dict[str, float]:
         """What this rank has to say of a step, after its backward: values that are to be summed over all ranks."""

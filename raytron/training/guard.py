@@ -11,7 +11,7 @@ Before anything is updated the step is run again on the same batch. All ranks se
     rollback   the run goes back a number of steps and skips this one when it comes again
     stop       the run ends with the cause
 
-Who erred shows in what each rank had before anything was summed: its own loss and the norm of its own gradients. Where they
+Who erred shows in what each rank had before anything was summed: its own loss and the bits of its own gradients. Where they
 differ between the runs of a transient fault, the rank is named. What a rank gets wrong it passes on to the next pipeline
 stage and to its tensor-parallel peers, which then differ, too: those named share one rank that erred. Kernels that are not
 deterministic make all ranks differ, and then nobody is named.
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,11 +34,14 @@ from torch import Tensor
 from raytron.config import GuardConfig
 from raytron.errors import GuardError
 from raytron.observe.spikes import SpikeDetector
+from raytron.parallel.bits import total
 from raytron.parallel.buckets import Bucket, GradientBuckets
 from raytron.parallel.collectives import all_gather
 from raytron.parallel.mesh import Mesh
+from raytron.parallel.random import key_of
 
 RUNS = 3  # of one step, at most
+TRAIL = 1000  # steps remembered
 NOT_FINITE, SPIKE = "not finite", "spike"
 WATCHED = ("loss", "gradient norm")
 
@@ -48,7 +52,8 @@ class Attempt(NamedTuple):
     loss: float
     grad_norm: float
     sums: dict[str, float]  # equal on all ranks
-    own: tuple[float, ...]  # of this rank alone, before anything was summed
+    own: int  # of this rank's own loss and gradients, before anything was summed: equal only where all bits are
+    finite: bool  # this rank's own gradients are; not looked at in a first run
 
     @property
     def bits(self) -> bytes:
@@ -104,23 +109,27 @@ class Guard:
     def __init__(self, config: GuardConfig, mesh: Mesh, buckets: GradientBuckets | None):
         """buckets: whose gradients tell a rank's own fault; None: steps are never run again."""
         self.config, self.mesh = config, mesh
-        self.own = OwnNorms(buckets) if buckets is not None else None
+        self.own = OwnGradients(buckets) if buckets is not None else None
         self.spikes = SpikeDetector(WATCHED if config.spike else (), config.spike or math.inf, config.spike_window)
         self.skip: set[int] = set()
         self.in_a_row = 0  # steps skipped for their numbers
+        self.trail: deque[tuple[int, int]] = deque(
+            maxlen=TRAIL
+        )  # number of a step, and this rank's own fingerprint in it
 
-    def examine(self, attempt: Callable[[], Attempt], overflows: bool) -> tuple[Attempt, Finding | None]:
+    def examine(self, attempt: Callable[[bool], Attempt], overflows: bool) -> tuple[Attempt, Finding | None]:
         """Runs a step, again if it is bad; the run that counts, and what was found. Collective over the world.
 
-        overflows: a gradient that is not finite is an overflow, and no fault.
+        attempt: runs it; its argument is whether to look if this rank's own gradients are finite. overflows: a gradient that
+        is not finite is an overflow, and no fault.
         """
-        runs = [attempt()]
+        runs = [attempt(False)]
         wrong = self._wrong(runs[0])
         if wrong is None or (overflows and wrong[0] == NOT_FINITE):
             return runs[0], None
         still: tuple[str, str] | None = wrong
         while still is not None and len(runs) < RUNS and (len(runs) < 2 or runs[-1].bits != runs[-2].bits):
-            runs.append(attempt())
+            runs.append(attempt(True))
             still = self._wrong(runs[-1])
         transient = still is None
         action = "keep" if transient else self._policy(wrong[0])
@@ -148,7 +157,7 @@ class Guard:
 
     def _who(self, runs: list[Attempt], transient: bool) -> tuple[int, ...]:
         """The ranks that a fault shows on before anything is summed; none where it shows on all of several."""
-        mine = bits(runs[0].own) != bits(runs[-1].own) if transient else not all(map(math.isfinite, runs[-1].own))
+        mine = runs[0].own != runs[-1].own if transient else not runs[-1].finite
         flags = all_gather(torch.tensor([mine], dtype=torch.float64, device=self.mesh.device), self.mesh.world)
         ranks = tuple(rank for rank, flag in enumerate(flags.tolist()) if flag)
         return ranks if len(ranks) < self.mesh.world.size or self.mesh.world.size == 1 else ()
@@ -188,24 +197,36 @@ class Guard:
         self.in_a_row = int(facts.get("in_a_row", 0))
 
 
-class OwnNorms:
-    """The norms of what this rank alone has summed up, taken while its gradients are sent to be summed over ranks."""
+class OwnGradients:
+    """Looks at what this rank alone has summed up while it is sent to be summed over ranks."""
 
     def __init__(self, buckets: GradientBuckets):
+        self.finite = False  # whether it was asked for, too
+        self._sums: list[Tensor] = []
         self._norms: list[Tensor] = []
         for bucket in buckets.buckets:
             bucket.observers.append(self._look)
 
-    def begin(self) -> None:
-        """Before the first backward of a step."""
+    def begin(self, finite: bool) -> None:
+        """Before the first backward of a step. finite: whether to look if all numbers are."""
+        self.finite = finite
+        self._sums.clear()
         self._norms.clear()
 
-    def values(self) -> list[float]:
-        """In the order in which gradients were sent."""
-        return torch.stack(self._norms).tolist() if self._norms else []
+    def fingerprint(self, loss: float) -> int:
+        """63 bits of this rank's loss and all gradients in the order in which they were sent; never 0."""
+        sums = torch.stack(self._sums).tolist() if self._sums else []
+        return key_of(bits([loss]).hex(), *sums) & (1 << 63) - 1 | 1
+
+    def all_finite(self) -> bool:
+        """Where it was asked for."""
+        return not self._norms or bool(torch.stack(self._norms).isfinite().all())
 
     def _look(self, bucket: Bucket) -> None:
-        self._norms.extend(torch._foreach_norm(bucket.unsummed()))
+        for x in bucket.unsummed():
+            self._sums.append(total(x))
+            if self.finite:
+                self._norms.append(torch.linalg.vector_norm(x))
 
 
 def bits(values: Any) -> bytes:

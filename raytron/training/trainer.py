@@ -24,6 +24,7 @@ from raytron.data.batch import Batch, TokenStream, part_of
 from raytron.errors import CheckpointError, ConfigError, Problem
 from raytron.observe.busy import BusyClock
 from raytron.observe.records import Record
+from raytron.observe.replicas import Check
 from raytron.observe.trace import Tracer
 from raytron.optim.lr import learning_rate
 from raytron.parallel.layout import Slice
@@ -31,6 +32,7 @@ from raytron.parallel.mesh import Mesh
 from raytron.plan.plan import Plan
 from raytron.training.at_once import AtOnce
 from raytron.training.engine import Engine, StepResult
+from raytron.training.replica_digest import ReplicaDigest
 from raytron.training.replicas import Position, check_same_optimizer, committed
 from raytron.training.saves import WRITING, Saves
 
@@ -44,6 +46,7 @@ class Started(NamedTuple):
     loss_scale: float
     seconds: float
     saving: Phase  # of the checkpoint under way when the step began
+    replicas: Check | None  # of the state before it
 
 
 class Trainer:
@@ -69,10 +72,12 @@ class Trainer:
         self.at_once = AtOnce(self.engine) if plan.config.optimizer.at_once else None
         self.replicas: Replicas | None = None
         self.saves = Saves(mesh, plan.config.checkpoint.background, hook)
+        self.digest = ReplicaDigest.wanted(self.engine.model, self.engine.buckets, mesh, plan.config)
         self._started: deque[Started] = deque()
         self.step = 0  # committed steps
         self.consumed = 0  # samples of committed steps
         self.skipped_steps = 0  # committed steps that changed nothing
+        self.retrace = False  # records of checks that agree hold what tells ranks apart, too, as those that do not
 
     def train_step(self, request: int = 0) -> Record | None:
         """One step; the record that goes to metrics.jsonl, equal on all ranks but for times. Under `optimizer.at_once` it is
@@ -83,7 +88,7 @@ class Trainer:
         Raises GuardError or Rollback on all ranks for a step that may not be committed; nothing was changed then.
         """
         self.clock.begin()
-        config = self.plan.config
+        config, check = self.plan.config, self._compare_replicas()
         sequences = config.batch_size_at(self.consumed)
         batch = self._share(self.stream, self.consumed, sequences)
         lr = learning_rate(config.lr, config.lr_horizon, self.step)
@@ -99,7 +104,8 @@ class Trainer:
             self.tracer.finish()
         if self.at_once is None:
             self._replicate(result)
-        self._started.append(Started(self.step, lr, sequences, used_scale, self.clock.end(self.step), saving))
+        seconds = self.clock.end(self.step)
+        self._started.append(Started(self.step, lr, sequences, used_scale, seconds, saving, check))
         return self._record(result)
 
     def _step(self, batch: Batch, lr: float, request: int, sequences: int, norms: bool) -> StepResult | None:
@@ -110,7 +116,15 @@ class Trainer:
         result = self.engine.step(batch, lr, request, sequences=sequences, layer_norms=norms, skip=skip)
         if result.finding is not None:
             guard.enforce(self.step + 1, self.consumed, sequences, result.finding)
+        guard.trail.append((self.step + 1, result.own))
         return result
+
+    def _compare_replicas(self) -> Check | None:
+        """Whether all that should be equal is, every so many steps."""
+        every = self.plan.config.guard.digest_every
+        if self.digest is None or every is None or self.step == 0 or self.step % every:
+            return None
+        return self.digest.check(self.step, dict(self.engine.guard.trail), every)
 
     def skip(self, steps: Iterable[int]) -> None:
         """Numbers of steps, from 1, whose samples and learning rate are to be used up without an update: those that the run
@@ -152,6 +166,8 @@ class Trainer:
             record["skipped"] = True
         if result.finding is not None:
             record["rerun"] = result.finding.record()
+        if started.replicas is not None:
+            record["replicas"] = started.replicas.record(trails=self.retrace)
         if result.noise is not None:
             record |= {f"gradient_noise/{key}": value for key, value in result.noise._asdict().items()}
         norms = {f"grad_norm/{layer}": norm for layer, norm in result.layer_norms.items()}
