@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ from raytron.actors.gang import Gang, failed
 from raytron.actors.patience import Patience
 from raytron.actors.recovery import WorkersLost, next_plan
 from raytron.actors.supervisor import Supervisor
+from raytron.actors.tiers import Memory
 from raytron.actors.worker import Beat, OpenTrainer, Orders, Request
 from raytron.checkpoint.catalog import Generation, newest_good, prune
+from raytron.checkpoint.sources import MemoryGeneration
 from raytron.config import RunConfig, flatten, to_mapping
 from raytron.data.prepare import ensure_dataset
 from raytron.data.shards import Dataset, open_dataset
@@ -49,6 +51,7 @@ from raytron.training.open import evaluates, open_trainer
 from raytron.training.run_directory import RunDirectory
 
 LONGEST_SEGMENT = 1000  # steps
+Source = MemoryGeneration | Generation | None  # of a state to go on from
 LEAVE_S = 8.0  # for survivors to come back from a broken collective
 REMESHED = ("mesh.", "pipeline.", "data_parallel.", "memory.", "micro_batch_size")  # keys that may change in a live run
 
@@ -73,6 +76,7 @@ class Controller:
         self.chronicle = Chronicle(config, self.directory)
         self.patience = Patience(config.cluster.timeout_s, config.recovery.heartbeat_s)
         self.budget = Budget(config.recovery.max_restarts, config.recovery.window_s)
+        self.memory = Memory(config.name, config.recovery.memory_every, self._say)
         self._phase, self._asked = "starting", Request.NONE
         self._plan: Plan | None = None
         self._wanted: Plan | None = None  # by a client: the plan to go on with
@@ -134,33 +138,49 @@ class Controller:
         start = time.monotonic()
         gang = self._gather(plan)
         self._enter("building")
-        generation = self._generation(data)
         self._plan, self._epoch = plan, self._epoch + 1
-        where = (ray.util.get_node_ip_address(), self._store.port)
-        path = None if generation is None else generation.path
-        orders = {
-            rank: Orders(plan, rank, self._epoch, where, data.path, path, gang.device, gang.neighbours(rank))
-            for rank in gang.ranks
-        }
+        source = self._source(data)
+        self.memory.prepare(self._epoch, plan.mesh.world, {facts.node_id for facts in gang.facts.values()})
+        found = time.monotonic()
         self._supervisor = Supervisor(gang.workers, self.patience, self._heard, self._asks)
-        began = time.monotonic()
-        self._step = self._together("build", lambda rank: (orders[rank],), patience.BUILDING)[0]
-        self._saved, self._recorded = None if generation is None else generation.step, self._step
+        memory = ray.put(source) if isinstance(source, MemoryGeneration) else None
+        built = self._together("build", lambda rank: (self._orders(rank, data, source), memory), patience.BUILDING)
+        self._step = self._recorded = built[0].step
+        self._saved = source.step if isinstance(source, Generation) else self._saved
+        if built[0].problem is not None:
+            self._say("memory", f"no copies of the state in memory: {built[0].problem}")
+        elif self.memory.on:
+            self.memory.forget(self._epoch)
         if self._measure:
             asked = plan.config.observe.trace_steps
             self._choose_at = self._step + MEASURED[1] if asked is None else asked[1]
         self._rewind(self._step)
         self.patience.begin()
-        now = time.monotonic()
-        text = f"{plan.mesh.world} workers ready in {now - start:.1f} s"
-        if generation is not None:
-            text += f", going on from step {generation.step}"
+        self._tell_built(plan, gang, source, gather_s=found - start, build_s=time.monotonic() - found)
+
+    def _orders(self, rank: int, data: Dataset, source: Source) -> Orders:
+        gang, plan = self._gang, self._plan
+        assert gang is not None
+        assert plan is not None
+        where = (ray.util.get_node_ip_address(), self._store.port)
+        path = source.path if isinstance(source, Generation) else None
+        node = gang.facts[rank].node_id
+        folder = Path(self.memory.folders[node]) if self.memory.on else None
+        return Orders(
+            plan, rank, self._epoch, where, data.path, path, gang.device, gang.neighbours(rank), node, folder,
+            self.memory.keepers,
+        )  # fmt: skip
+
+    def _tell_built(self, plan: Plan, gang: Gang, source: Source, **seconds: float) -> None:
+        text = f"{plan.mesh.world} workers ready in {sum(seconds.values()):.1f} s"
+        if source is not None:
+            text += f", going on from step {source.step}"
+        origin = None if source is None else "memory" if isinstance(source, MemoryGeneration) else "disk"
+        text += f" in {origin}" if origin else ""
         hosts = sorted({facts.host for facts in gang.facts.values()})
         pids = {rank: facts.pid for rank, facts in sorted(gang.facts.items())}
-        seconds = {"gather_s": began - start, "build_s": now - began}
-        self._say(
-            "workers", text, epoch=self._epoch, step=self._step, hosts=hosts, pids=pids, mesh=str(plan.mesh), **seconds
-        )
+        facts = {"epoch": self._epoch, "step": self._step, "mesh": str(plan.mesh), "source": origin}
+        self._say("workers", text, **facts, hosts=hosts, pids=pids, **seconds)
 
     def _gather(self, plan: Plan) -> Gang:
         """Enough workers for a plan, with their ranks; spares are made, but not waited for."""
@@ -170,7 +190,6 @@ class Controller:
         gang, world = self._gang, plan.mesh.world
         gang.fill(world, self.directory.config)
         gang.deal(plan.mesh)
-        ray.get([spare.actor.leave.remote() for spare in gang.spares])
         gang.start(world + self.config.recovery.spares, self.directory.config, wait=False)
         return gang
 
@@ -191,12 +210,17 @@ class Controller:
                 break
             after = self._turn(plan)
             if after is not plan:
-                if self._saved != self._step:
-                    self._save()
+                self._leave()
                 return after
         if self._saved != self._step:
             self._save()
         return None
+
+    def _leave(self) -> None:
+        """All ranks leave the mesh, their state in memory or else saved."""
+        if not self.memory.on and self._saved != self._step:
+            self._save()
+        self._together("leave", lambda rank: (self.memory.on,), patience.SAVING)
 
     def _turn(self, plan: Plan) -> Plan:
         """Between two segments: the plan to go on with, another one where a client wants it or measurements say so."""
@@ -204,7 +228,10 @@ class Controller:
             after, self._wanted = self._wanted, None
             self.config = after.config
             self.directory.write_config(self.config)
-            self._say("mesh", f"mesh: {after.mesh} after {plan.mesh}, as asked", page=str(after), mesh=str(after.mesh))
+            self._say(
+                "mesh", f"mesh: {after.mesh} after {plan.mesh}, as asked", page=str(after), mesh=str(after.mesh),
+                why="as asked", step=self._step,
+            )  # fmt: skip
             return after
         return self._choose(plan) if self._choose_at == self._step else plan
 
@@ -238,7 +265,7 @@ class Controller:
     def _recover(self, plan: Plan, lost: WorkersLost) -> Plan:
         """After a loss: who comes back stays, who does not is killed; then the next plan. Raises where it is hopeless."""
         self._restarts += 1
-        self._say("lost", f"lost {lost}", ranks=list(lost.ranks), step=self._recorded)
+        self._say("lost", f"lost {lost}", ranks=list(lost.ranks), why=str(lost), step=self._recorded)
         judged = self.budget.judge(lost.kind, self._recorded, lost.why)
         if not judged.goes_on:
             raise ClusterError(f"the run stops: {judged.why}\n    the last loss: {lost}")
@@ -246,12 +273,17 @@ class Controller:
         assert self._gang is not None
         gang = self._gang
         gang.drop([gang.ranks[rank] for rank in lost.ranks if rank in gang.ranks])
-        calls = {member.actor.leave.remote(): member for member in gang.ranks.values()}
+        calls = {member.actor.leave.remote(self.memory.on): member for member in gang.ranks.values()}
         back, late = ray.wait(list(calls), num_returns=len(calls), timeout=LEAVE_S) if calls else ([], [])
-        gang.drop([calls[call] for call in late] + [calls[call] for call in back if failed(call)])
+        gone = [call for call in back if failed(call)]
+        gang.drop([calls[call] for call in (*late, *gone)])
+        left = [ray.get(call) for call in back if call not in gone]
+        for each in left:
+            self._hear(each.records)
         kept = sorted(gang.ranks)
         text = f"restart {self._restarts}: {len(kept)} workers stay, the others are replaced ({judged.why})"
-        self._say("restart", text, kept=kept, spares=len(gang.spares))
+        parked = sum(each.parked for each in left)
+        self._say("restart", text, kept=kept, spares=len(gang.spares), parked=parked, step=self._recorded)
         return next_plan(plan, lost)
 
     def _complete(self) -> Result:
@@ -280,6 +312,7 @@ class Controller:
     def _finish(self, outcome: Result | Exception) -> None:
         if self._gang is not None:
             self._gang.close()
+        self.memory.close()
         self.chronicle.close()
         self._enter("over")
         self._outcome = outcome
@@ -300,6 +333,14 @@ class Controller:
             return generation
         what = f"the data set in {data.path} is another one than {generation.path.name} was trained on"
         raise ConfigError([Problem("data", what, "use the old data, another run_dir, or resume.allow=data")])
+
+    def _source(self, data: Dataset) -> Source:
+        """The newest good state: in memory, on disk, or none. No step after the newest one that was recorded."""
+        memory = self.memory.newest(self._recorded)
+        if memory is not None and memory.step == self._recorded:
+            return memory
+        disk = self._generation(data)
+        return memory if memory is not None and (disk is None or memory.step >= disk.step) else disk
 
     def _damaged(self, path: Path, error: CheckpointError) -> None:
         self._say("damaged", f"passed over {path.name}: {error}", path=str(path))
@@ -335,8 +376,12 @@ class Controller:
         return self._recorded, int(self._asked) if rank == 0 else 0
 
     def _heard(self, rank: int, beat: Beat) -> None:
-        for record in beat.records:
-            if record["step"] > self._recorded:  # two beats may have crossed
+        self._hear(beat.records)
+
+    def _hear(self, records: Iterable[Record]) -> None:
+        """Records of steps, in order; those that are known already are passed over."""
+        for record in records:
+            if record["step"] > self._recorded:
                 self._recorded = int(record["step"])
                 self.patience.saw(patience.STEP, record["step_time_s"])
                 rate = self._mfu(record)

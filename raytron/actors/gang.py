@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raytron.actors import placement
 from raytron.actors.cluster import NAMESPACE, free, living
 from raytron.actors.versions import mismatches, versions
-from raytron.actors.worker import Facts, OpenTrainer, WorkerActor
+from raytron.actors.worker import Facts, OpenTrainer, WorkerActor, end_process
 from raytron.errors import ClusterError
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import Plan
@@ -188,10 +188,22 @@ class Gang:
 
     def drop(self, members: Iterable[Member]) -> None:
         """Kills some members; their seats are free again."""
-        for member in list(members):
-            if self.members.pop(member.number, None) is not None:
-                ray.kill(member.actor)
+        gone = [member for member in list(members) if self.members.pop(member.number, None) is not None]
+        for member in gone:
+            ray.kill(member.actor)
+            self._end(member)
         self.ranks = {rank: member for rank, member in self.ranks.items() if member.number in self.members}
+
+    def _end(self, member: Member) -> None:
+        """Makes sure that a process ends: one that was stopped hears no call of Ray's, which gives it five seconds."""
+        if member.facts is None:
+            return
+        if member.facts.node_id == ray.get_runtime_context().get_node_id():
+            end_process(member.facts.pid)
+            return
+        neighbour = next((other for other in self.ready if _facts(other).node_id == member.facts.node_id), None)
+        if neighbour is not None:
+            neighbour.actor.end.remote(member.facts.pid)
 
     def close(self) -> None:
         """Kills all workers and gives their places back."""

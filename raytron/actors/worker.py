@@ -9,15 +9,17 @@ after the same step and end their segment there.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,9 +33,12 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from raytron.actors.control import control
+from raytron.actors.keeper import fetch_through
 from raytron.actors.network import bind_to
 from raytron.actors.versions import Versions, versions
-from raytron.errors import WorkerError
+from raytron.checkpoint.gather import Fetch
+from raytron.checkpoint.sources import MemoryGeneration
+from raytron.errors import CheckpointError, WorkerError
 from raytron.observe.records import Record
 from raytron.parallel.mesh import Mesh, close_world, open_world
 from raytron.plan.mesh import MeshShape
@@ -69,6 +74,10 @@ class TrainerLike(Protocol):
     def evaluate(self) -> Record: ...
     def save(self, directory: Path | str) -> Path: ...
     def load(self, generation: Path | str) -> None: ...
+    def restore(self, generation: MemoryGeneration, node: str, fetch: Fetch) -> None: ...
+    def open_replicas(self, folder: Path | str, epoch: int) -> None: ...
+    def close_replicas(self) -> None: ...
+    def park(self) -> Path: ...
 
 
 OpenTrainer = Callable[[Plan, Mesh, Path], TrainerLike]
@@ -96,9 +105,12 @@ class Orders:
     epoch: int  # every rebuilt mesh has a number of its own: nothing from a dead one counts
     store: tuple[str, int]  # host and port of the rendezvous store
     dataset: Path
-    generation: Path | None  # where to go on from; None: from the beginning
+    generation: Path | None  # where to go on from, if not from memory; None: from the beginning
     device: str
     neighbours: int  # workers on the same node, this one included
+    node: str  # the id of the node of this rank
+    folder: Path | None  # where its segments go; None: it writes none
+    keepers: Mapping[str, Any]  # the way to segments on other nodes, by their ids
 
 
 class Beat(NamedTuple):
@@ -109,6 +121,21 @@ class Beat(NamedTuple):
     seconds: float
     waits: bool
     records: list[Record]  # of rank 0: the steps that the controller does not know yet
+
+
+class Built(NamedTuple):
+    """Where a rank stands after it was built. problem: why it keeps no copies in memory, though it was to."""
+
+    step: int
+    problem: str | None
+
+
+class Left(NamedTuple):
+    """What a rank leaves behind. records: of steps that the controller may not know."""
+
+    parked: bool
+    why_not: str
+    records: list[Record]
 
 
 class Reached(NamedTuple):
@@ -139,8 +166,8 @@ class Worker:
 
     # ---- the work, one call at a time
 
-    def build(self, orders: Orders) -> int:
-        """Joins the mesh of an epoch and opens, or loads, its trainer; the committed steps that it stands at."""
+    def build(self, orders: Orders, memory: MemoryGeneration | None = None) -> Built:
+        """Joins the mesh of an epoch, opens its trainer, and goes on from memory or a generation."""
         self.rank, self.shape = orders.rank, orders.plan.mesh
         self._drop()
         config = orders.plan.config
@@ -158,11 +185,26 @@ class Worker:
                 torch.cuda.set_device(device)
             self._mesh = Mesh(self.shape, self.rank, device)
             trainer = self._open_trainer(orders.plan, self._mesh, orders.dataset)
-        if orders.generation is not None:
+        if memory is not None:
+            with self._telling(f"restoring step {memory.step} from memory"):
+                trainer.restore(memory, orders.node, fetch_through(orders.keepers))
+        elif orders.generation is not None:
             with self._telling(f"loading {orders.generation.name}"):
                 trainer.load(orders.generation)
+        problem = self._open_replicas(trainer, orders)
         self._trainer = trainer
-        return trainer.step
+        return Built(trainer.step, problem)
+
+    def _open_replicas(self, trainer: TrainerLike, orders: Orders) -> str | None:
+        """Keeps copies of the state in memory from here on; why it does not, where there is no room."""
+        if orders.folder is None:
+            return None
+        with self._telling("copying the state into memory"):
+            try:
+                trainer.open_replicas(orders.folder, orders.epoch)
+            except CheckpointError as error:  # on all ranks alike
+                return str(error)
+        return None
 
     def run(self, stop: int) -> Reached:
         """Trains until step `stop` is committed, or a request has reached all ranks."""
@@ -195,9 +237,20 @@ class Worker:
         with self._telling("saving"):
             return Path(self._built().save(directory))
 
-    def leave(self) -> None:
-        """Leaves the mesh and drops the trainer; the process stays, ready to be built again."""
+    def leave(self, park: bool = False) -> Left:
+        """Leaves the mesh and drops the trainer; the process stays, ready to be built again.
+
+        park: first write the state into memory, for whoever goes on from it.
+        """
+        parked, why_not, records = False, "", list(self._records)
+        if park and self._trainer is not None:
+            try:
+                self._trainer.park()
+                parked = True
+            except CheckpointError as error:
+                why_not = str(error)
         self._drop()
+        return Left(parked, why_not, records)
 
     # ---- control, at any time
 
@@ -226,6 +279,11 @@ class Worker:
         return Beat(step, self._doing, seconds, self._waits(), list(self._records) if self.rank == 0 else [])
 
     @control
+    def end(self, pid: int) -> None:
+        """Kills another worker of this node."""
+        end_process(pid)
+
+    @control
     def stacks(self) -> str:
         """The stack of every thread of this process."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -248,6 +306,8 @@ class Worker:
         return self._trainer
 
     def _drop(self) -> None:
+        if self._trainer is not None:
+            self._trainer.close_replicas()
         self._trainer, self._mesh, self._request, self._doing = None, None, Request.NONE, IDLE
         self._records.clear()
         gc.collect()
@@ -274,6 +334,13 @@ class Worker:
         time.sleep(0.2)  # let this rank's own error reach the controller first
         with self._leaving:
             close_world()
+
+
+def end_process(pid: int) -> None:
+    """Kills a process of Ray's on this node, whatever state it is in; nothing where it is gone."""
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
 
 
 def is_peer_failure(error: BaseException | None) -> bool:

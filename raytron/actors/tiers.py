@@ -1,0 +1,106 @@
+"""Where the state of a run comes from: the nodes' memory first, then disk.
+
+    memory   segments of ranks, dead or parked, that keepers have on their nodes        at most a step behind
+    disk     verified generations                                                     at most a checkpoint behind
+
+The newest whole step counts; of equal ones, memory's. A tier that could not be read, or led to a bad step soon after, is
+not asked again until a later epoch has trained well for a while.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import ray
+
+from raytron.actors import keeper
+from raytron.checkpoint.sources import Held, MemoryGeneration, choose
+from raytron.errors import ClusterError
+
+ANSWER_S = 20.0  # for a keeper to read all that it holds
+START_S = 60.0  # for a keeper to start
+PROBATION = 3  # steps after which a state counts as good
+
+Say = Callable[..., None]  # (kind of event, message, **facts)
+
+
+class Memory:
+    """The keepers of a run, one on each of its nodes. every: steps between segments; None: there is no such tier."""
+
+    def __init__(self, run: str, every: int | None, say: Say):
+        self.run, self.every, self.say = f"{run}-{secrets.token_hex(4)}", every, say
+        self.keepers: dict[str, Any] = {}  # by node id
+        self.folders: dict[str, str] = {}
+        self._demoted_until = 0  # the step from which on this tier is trusted again
+
+    @property
+    def on(self) -> bool:
+        return self.every is not None
+
+    def prepare(self, epoch: int, world: int, nodes: Collection[str]) -> None:
+        """Before the ranks of an epoch are built on some nodes: a keeper on each, following the one before it in a ring."""
+        if not self.on:
+            return
+        self._forget_dead()
+        new = {node: keeper.spawn(self.run, node) for node in nodes if node not in self.keepers}
+        calls = {node: actor.place.remote() for node, actor in new.items()}
+        for node, call in calls.items():
+            try:
+                self.folders[node] = ray.get(call, timeout=START_S).folder
+                self.keepers[node] = new[node]
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                raise ClusterError(f"no keeper can be started on node {node}: {error}") from None
+        ring = keeper.partners(sorted(nodes))
+        ray.get([self.keepers[node].follow.remote(self.keepers[of], epoch, world) for node, of in ring.items()])
+
+    def newest(self, up_to: int) -> MemoryGeneration | None:
+        """The newest whole step of at most `up_to`; what was passed over is told."""
+        if not self.on or up_to < self._demoted_until:
+            return None
+        held: list[Held] = []
+        for found in self._ask("held").values():
+            held += found.held
+            for reason in found.passed_over:
+                self.say("damaged", f"passed over in memory: {reason}")
+        chosen = choose(held, up_to=up_to)
+        if chosen.generation is None and chosen.reasons:
+            self.say("memory", f"memory holds no whole step: {chosen.reasons[0]}", reasons=chosen.reasons[:5])
+        return chosen.generation
+
+    def demote(self, step: int, why: str) -> None:
+        """This tier led to something bad at a step: until well after it, another one is asked."""
+        self._demoted_until = step + PROBATION
+        self.say("demoted", f"memory is not used until step {self._demoted_until}: {why}", step=step)
+
+    def forget(self, before: int) -> None:
+        """All ranks have written in epoch `before`: what earlier ones left goes."""
+        for actor in self.keepers.values():
+            actor.forget.remote(before)
+
+    def close(self) -> None:
+        """Ends all keepers; their folders go."""
+        self._ask("close")
+        for actor in self.keepers.values():
+            ray.kill(actor)
+        self.keepers.clear()
+        self.folders.clear()
+
+    def _forget_dead(self) -> None:
+        alive = self._ask("place")
+        for node in set(self.keepers) - set(alive):
+            self.say("keeper", f"the keeper of node {node} is gone", node=node)
+            del self.keepers[node], self.folders[node]
+
+    def _ask(self, method: str) -> Mapping[str, Any]:
+        """The answers of all keepers that give one in time, by node."""
+        calls = {getattr(actor, method).remote(): node for node, actor in self.keepers.items()}
+        done = ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER_S)[0] if calls else []
+        answers = {}
+        for call in done:
+            try:
+                answers[calls[call]] = ray.get(call)
+            except ray.exceptions.RayError as error:
+                self.say("keeper", f"the keeper of node {calls[call]} gives no answer: {str(error).splitlines()[0]}")
+        return answers
