@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import ray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raytron.actors import patience
-from raytron.actors.budget import Budget
+from raytron.actors.budget import Budget, Kind
 from raytron.actors.chronicle import Chronicle, News
 from raytron.actors.cluster import survey
 from raytron.actors.control import control
@@ -34,7 +35,7 @@ from raytron.actors.recovery import WorkersLost, next_plan
 from raytron.actors.supervisor import Supervisor
 from raytron.actors.tiers import Memory
 from raytron.actors.worker import Beat, OpenTrainer, Orders, Request
-from raytron.checkpoint.catalog import Generation, newest_good, prune
+from raytron.checkpoint.catalog import Generation, newest_good, note_validation, prune
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.config import RunConfig, flatten, to_mapping
 from raytron.data.prepare import ensure_dataset
@@ -47,6 +48,7 @@ from raytron.plan.flops import mfu, peak_flops
 from raytron.plan.plan import Plan, make_plan, replan
 from raytron.plan.times import FOLDER, read_times
 from raytron.training.generate import generate
+from raytron.training.guard import Rollback
 from raytron.training.open import evaluates, open_trainer
 from raytron.training.run_directory import RunDirectory
 
@@ -87,6 +89,11 @@ class Controller:
         self._recorded = 0  # the newest step of this epoch that was recorded
         self._choose_at: int | None = None  # the step at which `schedule: auto` has been measured
         self._saved: int | None = None  # the step of the newest checkpoint
+        self._newest: tuple[int, Path] | None = None  # of this launch: its step and place
+        self._validated: dict[int, float] = {}  # validation losses by step, of steps without a checkpoint yet
+        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="sweeper")
+        self._skip: set[int] = set()  # steps that the run was rolled back for
+        self._back_to: int | None = None  # the newest step that may be gone on from
         self._outcome: Result | Exception | None = None
 
     def __repr__(self) -> str:
@@ -107,6 +114,8 @@ class Controller:
                 except WorkersLost as lost:
                     assert plan is not None
                     plan = self._recover(plan, lost)
+                except Rollback as back:
+                    self._roll_back(back)
             self._finish(self._complete())
         except Exception as error:
             self._finish(self._failed(error))
@@ -146,6 +155,7 @@ class Controller:
         memory = ray.put(source) if isinstance(source, MemoryGeneration) else None
         built = self._together("build", lambda rank: (self._orders(rank, data, source), memory), patience.BUILDING)
         self._step = self._recorded = built[0].step
+        self._back_to = None
         self._saved = source.step if isinstance(source, Generation) else self._saved
         if built[0].problem is not None:
             self._say("memory", f"no copies of the state in memory: {built[0].problem}")
@@ -168,7 +178,7 @@ class Controller:
         folder = Path(self.memory.folders[node]) if self.memory.on else None
         return Orders(
             plan, rank, self._epoch, where, data.path, path, gang.device, gang.neighbours(rank), node, folder,
-            self.memory.keepers,
+            self.memory.keepers, tuple(sorted(self._skip)),
         )  # fmt: skip
 
     def _tell_built(self, plan: Plan, gang: Gang, source: Source, **seconds: float) -> None:
@@ -202,24 +212,27 @@ class Controller:
             self._step, asked = reached.step, Request(reached.request)
             self._asked &= ~asked | Request.STOP
             ended = self._step >= config.steps
-            if asked & (Request.STOP | Request.CHECKPOINT) or ended or _due(self._step, config.checkpoint.every):
-                self._save()
+            stops = ended or bool(self._asked & Request.STOP)
+            if stops or asked & Request.CHECKPOINT or _due(self._step, config.checkpoint.every):
+                self._save(wait=stops)
             if self._evaluates and (ended or _due(self._step, config.evaluate.every)):
                 self._evaluate()
-            if ended or self._asked & Request.STOP:
+            if stops:
                 break
             after = self._turn(plan)
             if after is not plan:
                 self._leave()
                 return after
         if self._saved != self._step:
-            self._save()
+            self._save(wait=True)
         return None
 
     def _leave(self) -> None:
         """All ranks leave the mesh, their state in memory or else saved."""
+        self._together("settle", lambda rank: (), patience.SAVING)
+        self._listen()
         if not self.memory.on and self._saved != self._step:
-            self._save()
+            self._save(wait=True)
         self._together("leave", lambda rank: (self.memory.on,), patience.SAVING)
 
     def _turn(self, plan: Plan) -> Plan:
@@ -247,20 +260,44 @@ class Controller:
         self._say("schedule", f"schedule: {why}", page=str(after), schedule=after.schedule.name)
         return after
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
+        """Begins a checkpoint; `_reported` hears how it ended. wait: until it is committed, or raise."""
         self._enter("saving")
-        start = time.monotonic()
-        path = self._together("save", lambda rank: (self.directory.checkpoints,), patience.SAVING)[0]
-        seconds = time.monotonic() - start
-        self._saved = self._step
-        self._say("checkpoint", f"checkpoint of step {self._step} in {seconds:.1f} s", step=self._step, path=str(path))
-        prune(self.directory.checkpoints, self.config.checkpoint.keep_last, digests=False)
+        self._together("save", lambda rank: (self.directory.checkpoints, wait), patience.SAVING)
+        if wait:
+            self._listen()
+
+    def _reported(self, report: Record) -> None:
+        """A checkpoint has ended, well or badly."""
+        step, path = int(report["step"]), Path(report["path"])
+        facts = {key: value for key, value in report.items() if key != "event"}
+        if report["event"] != "checkpoint":
+            self._say("checkpoint_failed", f"the checkpoint of step {step} failed: {report['error']}", **facts)
+            return
+        self._saved = step
+        stalled = f", {report['stall_s']:.2f} s of them in the way" if self.config.checkpoint.background else ""
+        self._say("checkpoint", f"checkpoint of step {step} in {report['seconds']:.1f} s{stalled}", **facts)
+        self._newest = step, path
+        self._note_validation()
+        keep = self.config.checkpoint
+        self._sweeper.submit(
+            prune, self.directory.checkpoints, keep.keep_last, keep_every=keep.keep_every, keep_best=keep.keep_best,
+            digests=False,
+        )  # fmt: skip
+
+    def _note_validation(self) -> None:
+        """Beside the newest checkpoint its validation loss, once both are there."""
+        if self._newest is not None and self._newest[0] in self._validated:
+            step, path = self._newest
+            note_validation(path, self._validated.pop(step))
 
     def _evaluate(self) -> None:
         self._enter("evaluating")
         record = self._together("evaluate", lambda rank: (), patience.EVALUATION)[0]
         text = f"validation loss {record['validation_loss']:.4f} at step {self._step}"
         self._say("evaluate", text, **record)
+        self._validated[self._step] = record["validation_loss"]
+        self._note_validation()
 
     def _recover(self, plan: Plan, lost: WorkersLost) -> Plan:
         """After a loss: who comes back stays, who does not is killed; then the next plan. Raises where it is hopeless."""
@@ -285,6 +322,17 @@ class Controller:
         parked = sum(each.parked for each in left)
         self._say("restart", text, kept=kept, spares=len(gang.spares), parked=parked, step=self._recorded)
         return next_plan(plan, lost)
+
+    def _roll_back(self, back: Rollback) -> None:
+        """A step had bad numbers, twice: to an older state, from which it will be skipped. Raises where that is hopeless."""
+        judged = self.budget.judge(Kind.FAILED, back.step - 1, str(back))
+        if not judged.goes_on:
+            raise ClusterError(f"the run stops: {judged.why}")
+        self._say("rollback", str(back), step=back.step, back_to=back.back_to, why=f"step {back.step} was bad")
+        self._skip.add(back.step)
+        self._back_to = back.back_to
+        assert self._supervisor is not None
+        self._supervisor.together("leave", lambda rank: (), patience.SAVING)
 
     def _complete(self) -> Result:
         """The end of the story: workers leave, the prompt is continued, the result is read from the run directory."""
@@ -313,6 +361,7 @@ class Controller:
         if self._gang is not None:
             self._gang.close()
         self.memory.close()
+        self._sweeper.shutdown()
         self.chronicle.close()
         self._enter("over")
         self._outcome = outcome
@@ -324,9 +373,10 @@ class Controller:
 
     # ---- what the story is made of
 
-    def _generation(self, data: Dataset) -> Generation | None:
-        """The newest generation that verifies; damaged ones are told of. Raises for one of other data."""
-        generation = newest_good(self.directory.checkpoints, self._damaged)
+    def _generation(self, data: Dataset, up_to: int | None) -> Generation | None:
+        """The newest generation of at most step `up_to` that verifies; damaged ones are told of. Raises for one of other
+        data."""
+        generation = newest_good(self.directory.checkpoints, self._damaged, up_to=up_to)
         if generation is None or generation.facts.get("data") in (None, "", data.hash):
             return generation
         if {"data", "data.dataset"} & set(self.config.resume.allow):
@@ -336,10 +386,11 @@ class Controller:
 
     def _source(self, data: Dataset) -> Source:
         """The newest good state: in memory, on disk, or none. No step after the newest one that was recorded."""
-        memory = self.memory.newest(self._recorded)
-        if memory is not None and memory.step == self._recorded:
+        up_to = self._recorded if self._back_to is None else self._back_to
+        memory = self.memory.newest(up_to)
+        if memory is not None and memory.step == up_to:
             return memory
-        disk = self._generation(data)
+        disk = self._generation(data, self._back_to)
         return memory if memory is not None and (disk is None or memory.step >= disk.step) else disk
 
     def _damaged(self, path: Path, error: CheckpointError) -> None:
@@ -366,10 +417,15 @@ class Controller:
         start = time.monotonic()
         answers = self._supervisor.together(method, arguments, phase)
         if phase == patience.STEP:
-            self._supervisor.last_words()
+            self._listen()
         else:
             self.patience.saw(phase, time.monotonic() - start)
         return answers
+
+    def _listen(self) -> None:
+        """Hears what rank 0 has to tell by now."""
+        assert self._supervisor is not None
+        self._supervisor.last_words()
 
     def _asks(self, rank: int) -> tuple[int, int]:
         """What a beat carries to a rank: the newest step that is known of, and what is asked for."""
@@ -377,6 +433,8 @@ class Controller:
 
     def _heard(self, rank: int, beat: Beat) -> None:
         self._hear(beat.records)
+        for report in beat.reports:
+            self._reported(report)
 
     def _hear(self, records: Iterable[Record]) -> None:
         """Records of steps, in order; those that are known already are passed over."""
@@ -386,6 +444,8 @@ class Controller:
                 self.patience.saw(patience.STEP, record["step_time_s"])
                 rate = self._mfu(record)
                 self.chronicle.record(record if rate is None else {**record, "mfu": rate})
+                if "rerun" in record:
+                    self._say("guard", f"step {record['step']}: {record['rerun']['message']}", step=record["step"])
 
     def _mfu(self, record: Record) -> float | None:
         plan = self._plan

@@ -16,8 +16,9 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from raytron.actors.budget import Kind
 from raytron.actors.worker import PeerError
-from raytron.errors import WorkerError
+from raytron.errors import GuardError, WorkerError
 from raytron.plan.plan import Plan
+from raytron.training.guard import Rollback
 
 
 class WorkersLost(Exception):
@@ -63,7 +64,7 @@ def verdict(failures: Mapping[int, BaseException], silent: Collection[int]) -> B
     own = [(rank, error) for rank, error in sorted(failures.items()) if not isinstance(cause_of(error), PeerError)]
     for rank, error in own:
         cause = cause_of(error)
-        if isinstance(cause, WorkerError):
+        if isinstance(cause, WorkerError | GuardError | Rollback):
             return cause
         return WorkerError(rank, "outside its work", f"{type(cause).__name__}: {cause}", str(error))
     return WorkersLost(silent, f"lost connections: {first_line(cause_of(next(iter(failures.values()))))}")

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,11 +38,12 @@ from raytron.actors.network import bind_to
 from raytron.actors.versions import Versions, versions
 from raytron.checkpoint.gather import Fetch
 from raytron.checkpoint.sources import MemoryGeneration
-from raytron.errors import CheckpointError, WorkerError
+from raytron.errors import CheckpointError, GuardError, WorkerError
 from raytron.observe.records import Record
 from raytron.parallel.mesh import Mesh, close_world, open_world
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import Plan
+from raytron.training.guard import Rollback
 from raytron.training.open import open_trainer
 
 BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -73,6 +74,10 @@ class TrainerLike(Protocol):
     def settle(self) -> Record | None: ...
     def evaluate(self) -> Record: ...
     def save(self, directory: Path | str) -> Path: ...
+    def begin_save(self, directory: Path | str) -> Path | None: ...
+    def settle_saves(self) -> None: ...
+    def reports(self) -> list[Record]: ...
+    def skip(self, steps: Iterable[int]) -> None: ...
     def load(self, generation: Path | str) -> None: ...
     def restore(self, generation: MemoryGeneration, node: str, fetch: Fetch) -> None: ...
     def open_replicas(self, folder: Path | str, epoch: int) -> None: ...
@@ -111,6 +116,7 @@ class Orders:
     node: str  # the id of the node of this rank
     folder: Path | None  # where its segments go; None: it writes none
     keepers: Mapping[str, Any]  # the way to segments on other nodes, by their ids
+    skip: tuple[int, ...]  # steps that use up their samples and change nothing: those that the run was rolled back for
 
 
 class Beat(NamedTuple):
@@ -121,6 +127,7 @@ class Beat(NamedTuple):
     seconds: float
     waits: bool
     records: list[Record]  # of rank 0: the steps that the controller does not know yet
+    reports: list[Record]  # of rank 0: how checkpoints have ended
 
 
 class Built(NamedTuple):
@@ -191,6 +198,7 @@ class Worker:
         elif orders.generation is not None:
             with self._telling(f"loading {orders.generation.name}"):
                 trainer.load(orders.generation)
+        trainer.skip(orders.skip)
         problem = self._open_replicas(trainer, orders)
         self._trainer = trainer
         return Built(trainer.step, problem)
@@ -232,10 +240,19 @@ class Worker:
         with self._telling("evaluation"):
             return self._built().evaluate()
 
-    def save(self, directory: Path) -> Path:
-        """Writes a committed generation; together with all ranks."""
+    def save(self, directory: Path, wait: bool) -> None:
+        """Writes a generation; together with all ranks. Beats report how it ended. wait: until it is committed."""
         with self._telling("saving"):
-            return Path(self._built().save(directory))
+            trainer = self._built()
+            if wait:
+                trainer.save(directory)
+            else:
+                trainer.begin_save(directory)
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that is under way; together with all ranks."""
+        with self._telling("saving"):
+            self._built().settle_saves()
 
     def leave(self, park: bool = False) -> Left:
         """Leaves the mesh and drops the trainer; the process stays, ready to be built again.
@@ -276,7 +293,9 @@ class Worker:
             self._records.popleft()
         step = None if self._trainer is None else self._trainer.step
         seconds = 0.0 if self._doing == IDLE else time.monotonic() - self._since
-        return Beat(step, self._doing, seconds, self._waits(), list(self._records) if self.rank == 0 else [])
+        first = self.rank == 0
+        reports = self._trainer.reports() if first and self._trainer is not None else []
+        return Beat(step, self._doing, seconds, self._waits(), list(self._records) if first else [], reports)
 
     @control
     def end(self, pid: int) -> None:
@@ -320,6 +339,8 @@ class Worker:
         self._doing, self._since, self._thread = doing, time.monotonic(), threading.get_ident()
         try:
             yield
+        except (Rollback, GuardError):  # on all ranks alike
+            raise
         except Exception as error:
             kind = PeerError if is_peer_failure(error) else WorkerError
             where = f"stage {self.shape.coords(self.rank).pp}, {doing}"

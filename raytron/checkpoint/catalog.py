@@ -98,13 +98,17 @@ def _damage(folder: Path) -> str:
     return "\n".join(found)
 
 
-def newest_good(directory: Path | str, report: Report | None = None, *, digests: bool = True) -> Generation | None:
-    """The newest generation that verifies; None if there is none.
+def newest_good(
+    directory: Path | str, report: Report | None = None, *, digests: bool = True, up_to: int | None = None
+) -> Generation | None:
+    """The newest generation that verifies, of at most step `up_to`; None if there is none.
 
     Each one passed over is told to `report` (default: the log) with its reason, newest first; those whose COMMIT is
     unreadable come before all others. One process reads every byte of the candidates, so call it on one rank.
     """
     for generation in committed(directory, report):
+        if up_to is not None and generation.step > up_to:
+            continue
         try:
             verify(generation, digests=digests)
             return generation
