@@ -231,7 +231,7 @@ def test_the_numbers_stand_where_prometheus_scrapes(start):
     run = start(steps=400)
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 90
     found: set[str] = set()
     while len(found) < 4 and time.monotonic() < deadline:
         time.sleep(1)
