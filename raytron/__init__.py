@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ClusterConfig,
         DataConfig,
         DataParallelConfig,
+        ElasticConfig,
         EvaluateConfig,
         ExpertsConfig,
         GuardConfig,
@@ -56,10 +57,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "raytron.actors.run": ("Run", "attach", "launch", "train"),
     "raytron.config": (
-        "BatchRampConfig", "CheckpointConfig", "ClusterConfig", "DataConfig", "DataParallelConfig", "EvaluateConfig",
-        "ExpertsConfig", "GuardConfig", "LearningRateConfig", "MemoryConfig", "MeshConfig", "ModelConfig", "ObserveConfig",
-        "OptimizerConfig", "ParameterGroup", "PipelineConfig", "PrecisionConfig", "RecoveryConfig", "ResumeConfig",
-        "RunConfig", "TokenizerConfig", "load",
+        "BatchRampConfig", "CheckpointConfig", "ClusterConfig", "DataConfig", "DataParallelConfig", "ElasticConfig",
+        "EvaluateConfig", "ExpertsConfig", "GuardConfig", "LearningRateConfig", "MemoryConfig", "MeshConfig",
+        "ModelConfig", "ObserveConfig", "OptimizerConfig", "ParameterGroup", "PipelineConfig", "PrecisionConfig",
+        "RecoveryConfig", "ResumeConfig", "RunConfig", "TokenizerConfig", "load",
     ),
     "raytron.errors": (
         "CheckpointError", "ClusterError", "ConfigError", "DataError", "GuardError", "Problem", "RaytronError",
@@ -81,6 +82,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "DataParallelConfig",
+    "ElasticConfig",
     "EvaluateConfig",
     "ExpertsConfig",
     "GuardConfig",

@@ -327,6 +327,30 @@ class RecoveryConfig:
 
 
 @dataclass(frozen=True)
+class ElasticConfig:
+    """A run that goes on with the workers that are left, and takes in those that come. Without bounds it does neither."""
+
+    min_workers: int | None = None  # with fewer it waits for more; None: 1, if max_workers is set
+    max_workers: int | None = None  # more wait as spares; None: as many as there are, if min_workers is set
+    grow_after_s: float = 30.0  # for so long there has to be room before a run takes it
+    pays_within_s: float = 600.0  # and the stop that growing takes has to be made up for in so long
+
+    @property
+    def on(self) -> bool:
+        """Whether the number of workers may change."""
+        return self.min_workers is not None or self.max_workers is not None
+
+    @property
+    def fewest(self) -> int:
+        """Workers that the run needs at least."""
+        return self.min_workers or 1
+
+    def most(self, workers: int) -> int:
+        """How many of some workers the run may use."""
+        return workers if self.max_workers is None else min(workers, self.max_workers)
+
+
+@dataclass(frozen=True)
 class ResumeConfig:
     allow: tuple[str, ...] = ()  # keys that may differ from the run directory's although they change the result
 
@@ -359,6 +383,7 @@ class RunConfig:
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def deal(self, sequences: int | None = None) -> Deal:

@@ -131,9 +131,9 @@ RANGES: tuple[Range, ...] = (
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
     *_at_least(1, "checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best"),
     *_at_least(1, "evaluate.every evaluate.prompt_tokens"),
-    *_at_least(0, "evaluate.batches recovery.max_restarts recovery.spares"),
-    *_at_least(1, "recovery.memory_every"),
-    *_more_than_zero("recovery.heartbeat_s recovery.window_s"),
+    *_at_least(0, "evaluate.batches recovery.max_restarts recovery.spares elastic.grow_after_s"),
+    *_at_least(1, "recovery.memory_every elastic.min_workers elastic.max_workers"),
+    *_more_than_zero("recovery.heartbeat_s recovery.window_s elastic.pays_within_s"),
     *_more_than_zero("observe.peak_tflops cluster.cpus_per_worker cluster.timeout_s cluster.placement_timeout_s"),
     *_at_least(1, "cluster.threads_per_worker guard.rollback_steps guard.max_skipped guard.digest_every"),
     *_more_than_zero("guard.spike"),
@@ -460,6 +460,19 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "global_batch_size", what, f"use {micro * dp} or more, or mesh.dp of at most {batch // micro}{smaller}"
         )
+
+
+def _elastic(config: RunConfig) -> Iterator[Problem]:
+    elastic, mesh = config.elastic, config.mesh
+    least, most, world = elastic.min_workers, elastic.max_workers, mesh.pp * mesh.dp * mesh.cp * mesh.tp
+    if least is not None and most is not None and least > most:
+        yield Problem("elastic.min_workers", f"{least} is more than max_workers, {most}", f"use at most {most}")
+    elif least is not None and world < least:
+        what = f"the mesh has {_counted(world, 'workers')}, and at least {least} are asked for"
+        yield Problem("elastic.min_workers", what, f"use at most {world}, or a larger mesh")
+    elif most is not None and world > most:
+        what = f"the mesh has {_counted(world, 'workers')}, and at most {most} are asked for"
+        yield Problem("elastic.max_workers", what, f"use {world} or more, or a smaller mesh")
 
 
 def _replicas(config: RunConfig) -> Iterator[Problem]:
@@ -828,6 +841,13 @@ UNUSED: tuple[Unused, ...] = (
         "set batch_ramp.start",
     ),
     Unused(
+        "elastic.grow_after_s elastic.pays_within_s",
+        "elastic.min_workers elastic.max_workers",
+        lambda config: config.elastic.on,
+        "where the number of workers does not change",
+        "set elastic.min_workers or elastic.max_workers",
+    ),
+    Unused(
         "lr.stable_fraction",
         "lr.decay",
         lambda config: config.lr.decay == "wsd",
@@ -889,6 +909,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("steps observe.trace_steps", _trace),
     ("global_batch_size micro_batch_size mesh.dp", _batch),
     ("mesh.dp mesh.replicate data_parallel.zero", _replicas),
+    ("mesh.pp mesh.dp mesh.cp mesh.tp elastic.min_workers elastic.max_workers", _elastic),
     (
         "optimizer.at_once optimizer.clip_norm precision.dtype determinism guard.on_nonfinite guard.on_spike",
         _at_once,

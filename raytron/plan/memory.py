@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from raytron.config import RunConfig
 from raytron.deal import Deal
-from raytron.plan import activations
+from raytron.plan import activations, flops
 from raytron.plan.activations import FP32, ITEM_BYTES, Device, Sizes
 from raytron.plan.live import Held, incoming, kept_after_each
 from raytron.plan.mesh import MeshShape
@@ -139,6 +139,22 @@ def state(
     if how.offload:
         return State(weights, sums, 0, shares + optimizer)
     return State(weights, sums + shares, optimizer)
+
+
+def least_state(config: RunConfig) -> int:
+    """Bytes that the fullest rank's weights, gradients and optimizer state take at least, without looking at parameters."""
+    model, mesh, how = config.model, MeshShape.of(config.mesh), config.data_parallel
+    of_experts = model.expert_layers * model.experts.count * model.hidden * model.expert_ffn * (3 if model.gated else 2)
+    dense = (flops.parameters(model) - of_experts) / (mesh.pp * mesh.tp)
+    kinds = ((dense, mesh.size("shard", "cp")), (of_experts / (mesh.pp * mesh.ep * mesh.etp), mesh.size("eshard")))
+    needed = 0.0
+    for count, ranks in kinds:
+        owners = ranks if _shares_out(config) else 1
+        needed += count * ITEM_BYTES[config.precision.dtype] / (owners if how.zero == 3 else 1)
+        needed += count * (0 if how.reduces_each and owners > 1 else FP32)
+        if not how.offload and not any(group.freeze for group in config.optimizer.groups):
+            needed += count * MOMENTS[config.optimizer.name] * ITEM_BYTES[config.precision.moments] / owners
+    return int(needed)
 
 
 @functools.cache

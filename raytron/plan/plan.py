@@ -123,7 +123,7 @@ def make_plan(
         raise ConfigError(found)
     choice, chosen, device = None, config, _device(config, cluster)
     if config.pipeline.schedule == "auto":
-        choice = choose(config.replace(**{"cluster.device": device}), _memory_limit(config, cluster), times, report)
+        choice = choose(config.replace(**{"cluster.device": device}), memory_limit(config, cluster), times, report)
         chosen = resolved(config, choice.best.name, choice.best.chunks)
     pp, chunks = config.mesh.pp, chosen.pipeline.chunks
     stages = stages_of(chosen, pp * chunks)
@@ -178,7 +178,7 @@ def replan(plan: Plan, times: Times, report: Callable[[str], None] | None = None
     return other, f"{best} after {was}: {100 * gain:.1f} % faster by {times}"
 
 
-def _memory_limit(config: RunConfig, cluster: ClusterShape | None) -> int | None:
+def memory_limit(config: RunConfig, cluster: ClusterShape | None) -> int | None:
     """Bytes that a worker may fill, where that is said or known."""
     if config.pipeline.memory_gb is not None:
         return round(config.pipeline.memory_gb * 2**30)
@@ -211,7 +211,7 @@ def _warnings(plan: Plan, cluster: ClusterShape) -> Iterator[str]:
         gpus = max(int(node.gpus) for node in cluster.nodes)
         if plan.mesh.tp > gpus:
             yield f"tensor parallel over {plan.mesh.tp} ranks crosses nodes, the largest of which has {gpus} GPUs"
-    limit = _memory_limit(config, cluster)
+    limit = memory_limit(config, cluster)
     yield from fit.warnings(config, limit, plan.device, plan.memory, lambda: plan.alternatives)
 
 

@@ -73,13 +73,24 @@ def stage_cost(config: RunConfig, stages: Sequence[Range], times: Times | None =
 
     times: as a run has measured them, maybe for other stages; None: by FLOPs.
     """
+    forward, inputs, weight = _by_stage(config, stages, times)
+    unit = mean_forward(config, stages, times) or 1.0
+    forward, inputs, weight = (tuple(cost / unit for cost in costs) for costs in (forward, inputs, weight))
+    return Cost(forward, inputs, weight)
+
+
+def mean_forward(config: RunConfig, stages: Sequence[Range], times: Times | None = None) -> float:
+    """What the unit of `stage_cost` is worth: FLOPs of one token, or the seconds that were measured."""
+    forward = _by_stage(config, stages, times)[0]
+    return sum(forward) / len(forward)
+
+
+def _by_stage(config: RunConfig, stages: Sequence[Range], times: Times | None) -> tuple[tuple[float, ...], ...]:
+    """The costs of F, I and W of each stage."""
     items = weights(config)
     if times is not None:
         items = {op: items[op].scaled(times.stages, measured) for op, measured in _measured(items, times).items()}
-    forward, inputs, weight = (items[op].by_stage(stages) for op in (Op.F, Op.I, Op.W))
-    unit = sum(forward) / len(forward) or 1.0
-    forward, inputs, weight = (tuple(cost / unit for cost in costs) for costs in (forward, inputs, weight))
-    return Cost(forward, inputs, weight)
+    return tuple(items[op].by_stage(stages) for op in (Op.F, Op.I, Op.W))
 
 
 def _measured(items: dict[Op, Items], times: Times) -> dict[Op, list[float]]:

@@ -13,6 +13,7 @@ from test_experts import DEEPSEEK, MIXTRAL
 
 from raytron.config import RunConfig
 from raytron.parallel.mesh import Mesh
+from raytron.plan.elastic import best_plan
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
 from raytron.testing.twin import Twin
@@ -53,6 +54,23 @@ def test_a_mesh_is_the_twin(world, case):
     config = tiny(model, **changes)
     assert config.deal().most > config.deal().fewest
     check_equal(world, config, steps=4)
+
+
+EIGHT = {"elastic.min_workers": 1, "global_batch_size": 10, "micro_batch_size": 1}
+WORLDS = {
+    "dense": tiny("qwen3", **EIGHT, **{"mesh.pp": 2, "mesh.dp": 2, "mesh.tp": 2, "data_parallel.zero": 2}),
+    "experts": tiny(DEEPSEEK, **EIGHT, **{"mesh.dp": 4, "mesh.tp": 2, "mesh.ep": 4, "data_parallel.zero": 3}),
+}
+MANY = [pytest.param(workers, marks=pytest.mark.slow) for workers in (8, 7, 6, 5)]
+
+
+@pytest.mark.parametrize("workers", [*MANY, 4, 3, 2, 1])
+@pytest.mark.parametrize("case", list(WORLDS))
+def test_every_smaller_world_goes_on_as_the_twin(world, case, workers):
+    """From 8 workers down to 1: on the mesh that is best for so many."""
+    config = best_plan(WORLDS[case], workers).plan.config
+    assert config.global_batch_size == 10
+    check_equal(world, config, steps=2)
 
 
 CANONICAL = {"determinism": "canonical", "cluster.threads_per_worker": 1, "global_batch_size": 5, "micro_batch_size": 1}
