@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from raytron.checkpoint.files import is_plain_name
 from raytron.checkpoint.folder import COPIES
 from raytron.checkpoint.pulled import PulledBoard
-from raytron.checkpoint.segment import SUFFIX, TURN, TURN_AT, Newest, glance, make, mapped, read_segment
+from raytron.checkpoint.segment import SUFFIX, TURN, TURN_AT, Newest, glance, make, mapped, read_segment, turn_of
 from raytron.errors import CheckpointError
 
 PIECE_BYTES = 64 << 20
-POLL_S, LIST_S = 0.001, 0.1  # between two looks at the segments, and at the folder
+POLL_S, LIST_S = 0.002, 0.02  # between two looks at the segments, and at the folder
 AGAIN_S = 0.05  # after something went wrong
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class News:
         self.board = PulledBoard(folder, epoch, world)
         self._pattern = re.compile(rf"{epoch:06d}-(\d+)-\d+\{SUFFIX}")
         self._views: dict[str, mmap.mmap] = {}
+        self._seen: dict[str, tuple[int, Found | None]] = {}  # by name, the turn and what was there
         self._listed = 0.0
         self.over = False
 
@@ -85,12 +86,15 @@ class News:
     def _whole(self) -> list[Found]:
         if time.monotonic() - self._listed > LIST_S:
             self._list()
-        found = []
         for name, view in self._views.items():
-            match, newest = self._pattern.fullmatch(name), glance(view)
-            if match and newest is not None:
-                found.append(Found(name, int(match[1]), newest.step, newest.seal, len(view)))
-        return found
+            turn = turn_of(view)
+            if self._seen.get(name, (None,))[0] != turn:
+                self._seen[name] = (turn, self._look(name, view))
+        return [found for _, found in self._seen.values() if found is not None]
+
+    def _look(self, name: str, view: mmap.mmap) -> Found | None:
+        match, newest = self._pattern.fullmatch(name), glance(view)
+        return Found(name, int(match[1]), newest.step, newest.seal, len(view)) if match and newest else None
 
     def _list(self) -> None:
         self._listed = time.monotonic()

@@ -45,7 +45,8 @@ from raytron.errors import CheckpointError
 from raytron.parallel.layout import Slice
 
 FACTS_ROOM = 1 << 18  # bytes by which facts may grow
-PATIENCE_S = 5.0
+PATIENCE_S = 5.0  # for a partner that has a segment to pull, and so much more for its bytes:
+SLOWEST = 50e6  # bytes a second
 BUFFERS = 2
 log = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ class Replicas:
         that says nothing for long is not waited for again until it says something."""
         self._copies.finish()
         if self.step is not None:
-            self._pulled.wait(self.step, PATIENCE_S)
+            self._pulled.wait(self.step, PATIENCE_S + self.bytes / SLOWEST)
 
     def park(
         self,

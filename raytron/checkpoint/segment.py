@@ -227,6 +227,11 @@ class Newest(NamedTuple):
     step: int
 
 
+def turn_of(view: mmap.mmap) -> int:
+    """A number that changes whenever a segment is written."""
+    return int(TURN.unpack_from(view, TURN_AT)[0])
+
+
 def glance(view: mmap.mmap) -> Newest | None:
     """What a segment holds, cheaply; None where it is not complete."""
     magic, turn, table_bytes, room, _ = PREFIX.unpack_from(view, 0)

@@ -267,8 +267,9 @@ class Trainer:
     # ---- the state in memory
 
     def open_replicas(self, folder: Path | str, epoch: int) -> None:
-        """From here on every `recovery.memory_every`-th committed step goes into a segment in `folder`, the first one now;
-        and `park` is possible. Collective; before the first step, and after `load` or `restore`, which end it.
+        """From here on every `recovery.memory_every`-th committed step goes into a segment in `folder`, the first one now,
+        after which earlier epochs may be forgotten; and `park` is possible. Collective; before the first step, and after
+        `load` or `restore`, which end it.
 
         epoch: a number that no earlier life of this run's ranks had: of every mesh, and of every going back to an older
             step.
@@ -288,6 +289,7 @@ class Trainer:
         if self.at_once is not None:
             self.at_once.settled = self._replicate
         self.replicas.write(self.step, self.facts())
+        self._wait_for_replicas()
 
     def close_replicas(self) -> None:
         """No more segments; those that are written stay. Call it before a trainer with open replicas is dropped."""
