@@ -1,15 +1,17 @@
 """The saves of one mesh: dealt out once, written while ranks wait or while they train on.
 
-    step k      begin    a directory is made, tensors are copied to host memory       ranks wait: the stall
-    k … k+3              a thread on each rank digests, writes, fsyncs
+    step k      begin    a directory is made                                          a moment
+    k … k+1              a thread on each rank copies the tensors to host memory
+    k+1         hold     before the update: if the copy is not whole, ranks wait      what is left of it
+    k+1 … k+3            the threads digest, write, fsync
     k+3         advance  all threads have ended: ranks tell which files they wrote    a moment
     k+3 … k+4            rank 0's thread checks the directory and writes COMMIT
     k+4         advance  all ranks hear how it ended                                  a moment
 
-No thread talks to another rank. That all have ended is known without a barrier: while its thread works a rank sets a bit
-(`busy`) in the scalar all-reduce that ends every step, so that all ranks see at the same step that nobody sets it, and call
-`advance` there, on their main threads. A failure on any rank, such as a full disk, is the same on all ranks in the end: the
-generation is removed, older ones stay, training goes on.
+Its *stall* is the sum of these waits. No thread talks to another rank. That all have ended is known without a barrier: while
+its thread works a rank sets a bit (`busy`) in the scalar all-reduce that ends every step, so that all ranks see at the same
+step that nobody sets it, and call `advance` there, on their main threads. A failure on any rank, such as a full disk, is the
+same on all ranks in the end: the generation is removed, older ones stay, training goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import chain
@@ -104,6 +106,7 @@ class _Job:
     stall_s: float = 0.0
     phase: Phase = Phase.WRITING
     task: _Task[Any] | None = None
+    hold: Callable[[], None] | None = None
     given_up: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -175,7 +178,8 @@ class Saver:
         return any(job.task is not None and not job.task.done for job in self._jobs)
 
     def begin(self, directory: Path | str, step: int, slices: Mapping[str, Slice], facts: dict[str, Any]) -> Path:
-        """Starts to save what the slices hold now; where it will be, once `advance` has said so. Needs `phase` IDLE.
+        """Starts to save what the slices hold now; where it will be, once `advance` has said so. Needs `phase` IDLE. The
+        live tensors must not change before `hold` was called.
 
         step, directory and facts (a JSON object) are rank 0's. Raises CheckpointError on every rank if it can't begin.
         """
@@ -185,13 +189,27 @@ class Saver:
         self._jobs.append(job)
         shards, hook = self._shards, self.hook
         try:
-            blocks = self._staging.copy(shards, slices)
+            copy = self._staging.copy(shards, slices)
         except Exception as error:  # such as no memory: told like a writer's failure
-            blocks = _failed(error)
-        name = f"checkpoint of step {step}"
-        job.task = _Task(name, lambda: write_shards(job.path, step, shards, _until(job.given_up, blocks), hook))
+            job.task = _Task("checkpoint", _failing(error))
+            return job.path
+
+        def run() -> list[FileRecord]:
+            copy.run()
+            return write_shards(job.path, step, shards, _until(job.given_up, copy.blocks), hook)
+
+        job.hold, job.task = copy.hold, _Task(f"checkpoint of step {step}", run)
         job.stall_s = time.perf_counter() - began
         return job.path
+
+    def hold(self) -> None:
+        """The slices are about to change: returns when they are copied. No collective."""
+        for job in self._jobs:
+            if job.hold is not None:
+                began = time.perf_counter()
+                job.hold()
+                job.hold = None
+                job.stall_s += time.perf_counter() - began
 
     def advance(self) -> Saved | None:
         """The next phase, when no rank is busy: how the save ended, when it has."""
@@ -336,11 +354,11 @@ def _until(given_up: threading.Event, blocks: Blocks) -> Blocks:
     return parts
 
 
-def _failed(error: Exception) -> Blocks:
-    def blocks(_shard: Shard) -> Iterable[memoryview]:
+def _failing(error: Exception) -> Callable[[], list[FileRecord]]:
+    def run() -> list[FileRecord]:
         raise error
 
-    return blocks
+    return run
 
 
 def _give_up(jobs: list[_Job], rank: int) -> None:

@@ -66,14 +66,19 @@ class Saves:
             self._note(Saved(Path(directory), step, 0.0, 0.0, 0, str(error)))
             return None
 
+    def before_update(self) -> None:
+        """The state is about to change: waits until what is to be saved of it is copied."""
+        self.saver.hold()
+
     def settle(self) -> None:
         """Waits until nothing is under way."""
         self._note(self.saver.finish())
 
     def reports(self) -> list[Record]:
         """How checkpoints have ended since the last call; equal on all ranks."""
-        given = list(self._reports)
-        self._reports.clear()
+        given = []
+        while self._reports:  # whoever asks may be another thread
+            given.append(self._reports.popleft())
         return given
 
     def _note(self, saved: Saved | None) -> None:

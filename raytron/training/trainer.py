@@ -73,6 +73,7 @@ class Trainer:
         self.replicas: Replicas | None = None
         self.saves = Saves(mesh, plan.config.checkpoint.background, hook)
         self.digest = ReplicaDigest.wanted(self.engine.model, self.engine.buckets, mesh, plan.config)
+        self.engine.before_update = self._before_update
         self._started: deque[Started] = deque()
         self.step = 0  # committed steps
         self.consumed = 0  # samples of committed steps
@@ -221,14 +222,21 @@ class Trainer:
         return self.saves.save(directory, self.step, self.state(), self.facts())
 
     def begin_save(self, directory: Path | str) -> Path | None:
-        """As `save`, but goes on as soon as the state is copied (`checkpoint.background`), and raises nothing: `reports`
-        says how it ended, some steps later. Before a run ends or leaves its mesh, `settle_saves`.
+        """As `save`, but goes on at once (`checkpoint.background`), and raises nothing: the state is copied beside the next
+        step, whose update waits for it, then written; `reports` says how it ended, some steps later. Before a run ends or
+        leaves its mesh, `settle_saves`.
 
         The path of the generation that is to be, None where it could not begin. If one is still under way, ranks wait for
         it first.
         """
         assert not self._started, "settle first"
         return self.saves.begin(directory, self.step, self.state(), self.facts())
+
+    def _before_update(self) -> None:
+        """The state is about to change."""
+        self.saves.before_update()
+        if self.replicas is not None:
+            self.replicas.before_update()
 
     def settle_saves(self) -> None:
         """Waits for the checkpoint under way; together with all other ranks."""
@@ -285,7 +293,7 @@ class Trainer:
         )  # fmt: skip
         if every is None:
             return
-        self.engine.before_update, self.engine.before_commit = self.replicas.before_update, self._wait_for_replicas
+        self.engine.before_commit = self._wait_for_replicas
         if self.at_once is not None:
             self.at_once.settled = self._replicate
         self.replicas.write(self.step, self.facts())
@@ -295,7 +303,7 @@ class Trainer:
         """No more segments; those that are written stay. Call it before a trainer with open replicas is dropped."""
         if self.replicas is None:
             return
-        self.engine.before_update = self.engine.before_commit = lambda: None
+        self.engine.before_commit = lambda: None
         if self.at_once is not None:
             self.at_once.settled = lambda result: None
         self.replicas.close()
@@ -332,6 +340,7 @@ class Trainer:
 
         Raises CheckpointError on all ranks, and then nothing was changed.
         """
+        self.settle_saves()
         self._check(generation.facts)
         with self.engine.changing():
             facts = gather.load(self.state(), generation, node, fetch, self.mesh.control)
