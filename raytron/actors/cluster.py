@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray._private import state as ray_state  # no public call tells what is free on each node
@@ -105,10 +105,23 @@ def survey() -> ClusterShape:
     return ClusterShape(tuple(_node(node, node["Resources"]) for node in living()))
 
 
-def free() -> list[NodeShape]:
+class Free(NamedTuple):
+    """What is free on a node now."""
+
+    node_id: str
+    shape: NodeShape
+
+
+def free() -> list[Free]:
     """The living nodes with what is free on them now."""
     left = ray_state.available_resources_per_node()
-    return [_node(node, left.get(node["NodeID"], {})) for node in living()]
+    return [Free(node["NodeID"], _node(node, left.get(node["NodeID"], {}))) for node in living()]
+
+
+def draining() -> dict[str, float]:
+    """The nodes that Ray was told will leave, by id: the deadline in seconds since the epoch, 0 where none was given."""
+    found = ray_state.state.get_draining_nodes()
+    return {str(node): deadline_ms / 1e3 for node, deadline_ms in found.items()}
 
 
 def living() -> list[dict[str, Any]]:

@@ -30,8 +30,9 @@ from raytron.actors.chronicle import Chronicle, News
 from raytron.actors.cluster import survey
 from raytron.actors.control import control
 from raytron.actors.gang import Gang, failed
+from raytron.actors.moves import Moves, Wanted
 from raytron.actors.patience import Patience
-from raytron.actors.recovery import WorkersLost, next_plan
+from raytron.actors.recovery import WorkersLost
 from raytron.actors.supervisor import Supervisor
 from raytron.actors.tiers import Memory
 from raytron.actors.worker import Beat, OpenTrainer, Orders, Request
@@ -44,7 +45,11 @@ from raytron.errors import CheckpointError, ClusterError, ConfigError, Problem, 
 from raytron.observe.records import Record
 from raytron.observe.result import Result, read_result
 from raytron.observe.trace import MEASURED
+from raytron.plan.cluster import ClusterShape
+from raytron.plan.draw import plural
+from raytron.plan.elastic import best_plan
 from raytron.plan.flops import mfu, peak_flops
+from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import Plan, make_plan, replan
 from raytron.plan.times import FOLDER, read_times
 from raytron.training.generate import generate
@@ -81,9 +86,10 @@ class Controller:
         self.memory = Memory(config.name, config.recovery.memory_every, self._say)
         self._phase, self._asked = "starting", Request.NONE
         self._plan: Plan | None = None
-        self._wanted: Plan | None = None  # by a client: the plan to go on with
+        self._wanted: Wanted | None = None  # the plan to go on with
         self._measure = config.pipeline.schedule == "auto"  # until this launch has chosen
         self._gang: Gang | None = None
+        self._moves: Moves | None = None
         self._supervisor: Supervisor | None = None
         self._step = self._epoch = self._restarts = 0
         self._recorded = 0  # the newest step of this epoch that was recorded
@@ -136,10 +142,19 @@ class Controller:
         return dataset
 
     def _make_plan(self) -> Plan:
-        plan = make_plan(self.config, survey(), report=lambda text: self._enter(f"choosing a schedule: {text}"))
+        plan = self._first_plan(survey())
         shutil.rmtree(self.directory.path / FOLDER, ignore_errors=True)  # what an earlier run has measured
         self._say("plan", f"plan: {plan.mesh}", page=str(plan), mesh=str(plan.mesh))
         return plan
+
+    def _first_plan(self, cluster: ClusterShape) -> Plan:
+        """The plan of the configured mesh; of an elastic run on too small a cluster, the best one that it holds."""
+        slots = [node.slots(self.config.cluster, cluster.device(self.config.cluster)) for node in cluster.nodes]
+        if self.config.elastic.on and sum(slots) < MeshShape.of(self.config.mesh).world:
+            resized = best_plan(self.config, slots, cluster)
+            self._say("mesh", f"mesh: {resized.plan.mesh} for {sum(slots)} workers", page=str(resized))
+            return resized.plan
+        return make_plan(self.config, cluster, report=lambda text: self._enter(f"choosing a schedule: {text}"))
 
     def _build(self, plan: Plan, data: Dataset) -> None:
         """Fills the gang, and builds one epoch of the mesh from the newest good state."""
@@ -151,7 +166,7 @@ class Controller:
         source = self._source(data)
         self.memory.prepare(self._epoch, plan.mesh.world, {facts.node_id for facts in gang.facts.values()})
         found = time.monotonic()
-        self._supervisor = Supervisor(gang.workers, self.patience, self._heard, self._asks)
+        self._supervisor = Supervisor(gang.workers, self.patience, self._heard, self._asks, self._look)
         memory = ray.put(source) if isinstance(source, MemoryGeneration) else None
         built = self._together("build", lambda rank: (self._orders(rank, data, source), memory), patience.BUILDING)
         self._step = self._recorded = built[0].step
@@ -182,7 +197,7 @@ class Controller:
         )  # fmt: skip
 
     def _tell_built(self, plan: Plan, gang: Gang, source: Source, **seconds: float) -> None:
-        text = f"{plan.mesh.world} workers ready in {sum(seconds.values()):.1f} s"
+        text = f"{plural(plan.mesh.world, 'worker')} ready in {sum(seconds.values()):.1f} s"
         if source is not None:
             text += f", going on from step {source.step}"
         origin = None if source is None else "memory" if isinstance(source, MemoryGeneration) else "disk"
@@ -197,6 +212,8 @@ class Controller:
         if self._gang is None:
             self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
             self._gang = Gang(self.config.name, plan, self._say, self.seams.open_trainer)
+            self._moves = Moves(self.config, self._gang, self._say, self.directory.config)
+            self._moves.begin(self.config, plan)
         gang, world = self._gang, plan.mesh.world
         gang.fill(world, self.directory.config)
         gang.deal(plan.mesh)
@@ -238,13 +255,9 @@ class Controller:
     def _turn(self, plan: Plan) -> Plan:
         """Between two segments: the plan to go on with, another one where a client wants it or measurements say so."""
         if self._wanted is not None:
-            after, self._wanted = self._wanted, None
-            self.config = after.config
-            self.directory.write_config(self.config)
-            self._say(
-                "mesh", f"mesh: {after.mesh} after {plan.mesh}, as asked", page=str(after), mesh=str(after.mesh),
-                why="as asked", step=self._step,
-            )  # fmt: skip
+            (after, why), self._wanted = self._wanted, None
+            facts = {"page": str(after), "mesh": str(after.mesh), "why": why, "step": self._step}
+            self._say("mesh", f"mesh: {after.mesh} after {plan.mesh}: {why}", **facts)
             return after
         return self._choose(plan) if self._choose_at == self._step else plan
 
@@ -318,10 +331,11 @@ class Controller:
         for each in left:
             self._hear(each.records)
         kept = sorted(gang.ranks)
-        text = f"restart {self._restarts}: {len(kept)} workers stay, the others are replaced ({judged.why})"
+        text = f"restart {self._restarts}: {plural(len(kept), 'worker')} left ({judged.why})"
         parked = sum(each.parked for each in left)
         self._say("restart", text, kept=kept, spares=len(gang.spares), parked=parked, step=self._recorded)
-        return next_plan(plan, lost)
+        assert self._moves is not None
+        return self._moves.after_loss(plan)
 
     def _roll_back(self, back: Rollback) -> None:
         """A step had bad numbers, twice: to an older state, from which it will be skipped. Raises where that is hopeless."""
@@ -422,6 +436,18 @@ class Controller:
             self.patience.saw(phase, time.monotonic() - start)
         return answers
 
+    def _look(self) -> None:
+        """While ranks train: whether the mesh has to change, or may."""
+        assert self._moves is not None
+        assert self._plan is not None
+        if self._wanted is None and (wanted := self._moves.look(self._plan)) is not None:
+            self._want(wanted)
+
+    def _want(self, wanted: Wanted) -> None:
+        """Another plan, from the next step on."""
+        self._wanted = wanted
+        self._asked |= Request.PAUSE
+
     def _listen(self) -> None:
         """Hears what rank 0 has to tell by now."""
         assert self._supervisor is not None
@@ -514,8 +540,11 @@ class Controller:
         changed = flatten(to_mapping(config)) != flatten(to_mapping(self.config))
         plan = make_plan(config, survey())
         if changed:
-            self._wanted = plan
-            self._asked |= Request.PAUSE
+            self.config = config
+            self.directory.write_config(config)
+            if self._moves is not None:
+                self._moves.begin(config, plan)
+            self._want(Wanted(plan, "as asked"))
         return str(plan)
 
     @control

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,11 @@ class Seat(NamedTuple):
     group: Any
     bundle: int
 
+    @property
+    def home(self) -> str:
+        """The id of the node where it stands now."""
+        return _homes(self.group).get(self.bundle, "")
+
 
 @dataclass
 class Member:
@@ -71,6 +76,7 @@ class Gang:
         self._made = itertools.count()
         self.members: dict[int, Member] = {}
         self.ranks: dict[int, Member] = {}
+        self._retired: set[str] = set()  # nodes that will leave: nobody there gets a rank
 
     @property
     def workers(self) -> dict[int, Any]:
@@ -84,8 +90,9 @@ class Gang:
 
     @property
     def ready(self) -> list[Member]:
-        """Members that have started, by number."""
-        return [member for member in self.members.values() if member.facts is not None]
+        """Members that have started, on nodes that stay."""
+        started = [member for member in self.members.values() if member.facts is not None]
+        return [member for member in started if _facts(member).node_id not in self._retired]
 
     @property
     def spares(self) -> list[Member]:
@@ -112,7 +119,7 @@ class Gang:
     def start(self, count: int, witness: Path, *, wait: bool = True) -> None:
         """Makes members until there are `count`, without waiting for them to be ready. wait: for room on the cluster, else
         as many as there is room for."""
-        lacking = count - len(self.members)
+        lacking = count - sum(member.facts is None or member in self.ready for member in self.members.values())
         if lacking > 0 and len(self._usable()) < lacking:
             self._place(lacking - len(self._usable()), wait)
         for seat in self._usable()[: max(0, lacking)]:
@@ -135,10 +142,34 @@ class Gang:
         self._check(new)
         return new
 
-    def room(self) -> int:
-        """How many members could be added now, on free seats and elsewhere on the cluster."""
-        slots = [node.slots(self.config, self.device) for node in free()]
-        return len(self._usable()) + sum(slots)
+    def capacity(self) -> dict[str, int]:
+        """How many members each node could have: those that it has, on free seats, and in what is free on it."""
+        out = {node.node_id: node.shape.slots(self.config, self.device) for node in free()}
+        homes = [*(seat.home for seat in self._usable()), *(_facts(member).node_id for member in self.ready)]
+        for node in homes:
+            out[node] = out.get(node, 0) + 1
+        return {node: count for node, count in out.items() if node not in self._retired}
+
+    def on_nodes(self) -> list[int]:
+        """How many members are ready on each node."""
+        counts: dict[str, int] = {}
+        for member in self._in_order(self.ready):
+            node = _facts(member).node_id
+            counts[node] = counts.get(node, 0) + 1
+        return list(counts.values())
+
+    def retire(self, node: str) -> None:
+        """A node will leave: its members work on, but get no rank in another mesh."""
+        self._retired.add(node)
+
+    def ranks_on(self, nodes: Collection[str]) -> list[int]:
+        """The ranks that live on some nodes."""
+        return [rank for rank, facts in self.facts.items() if facts.node_id in nodes]
+
+    def address(self, node: str) -> str:
+        """The address of a node, by its id."""
+        known = {facts.node_id: facts.ip for facts in self.facts.values()}
+        return known.get(node, node[:8])
 
     # ---- ranks
 
@@ -219,7 +250,7 @@ class Gang:
         taken = {member.seat.number for member in self.members.values()}
         vacant = [seat for seat in self._seats if seat.number not in taken]
         alive = {node["NodeID"] for node in living()} if vacant else set()
-        return [seat for seat in vacant if _homes(seat.group).get(seat.bundle) in alive]
+        return [seat for seat in vacant if seat.home in alive - self._retired]
 
     def _place(self, count: int, wait: bool) -> None:
         """Seats for `count` more workers."""
@@ -229,7 +260,7 @@ class Gang:
                 self.plan.mesh, placement.fill(count, placement.slots(self.plan.cluster, self.config))
             )
         else:
-            slots = [node.slots(self.config, self.device) for node in free()]
+            slots = [node.shape.slots(self.config, self.device) for node in free() if node.node_id not in self._retired]
             lacking = count - sum(slots)
             if lacking > 0 and wait:
                 slots.append(lacking)  # a group that waits for its node
@@ -239,7 +270,7 @@ class Gang:
         self._groups += groups
         wanted = [bundle for bundles in asked for bundle in bundles]
         calls = [group.ready() for group in groups]
-        self._wait(calls, "no room on the cluster", lambda: placement.missing(wanted, free()))
+        self._wait(calls, "no room on the cluster", lambda: placement.missing(wanted, [node.shape for node in free()]))
         address = {node["NodeID"]: node["NodeManagerAddress"] for node in living()}
         homes = [[address.get(home, "") for _, home in sorted(_homes(group).items())] for group in groups]
         found = placement.seats(sets, homes)

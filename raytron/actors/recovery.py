@@ -1,10 +1,10 @@
-"""What was lost, and what comes next: a failure is told apart from its consequences, then answered by another plan.
+"""What was lost: a failure is told apart from its consequences.
 
     a process or node died                     the cause; errors of its peers are consequences      → restart
     a worker raised an exception of its own    it would raise again                                 → stop, with that cause
     only lost connections or timeouts          whoever has not answered is silent and counts as lost → restart
 
-A restart goes on from the newest good generation. This version makes the same mesh again.
+What comes next is the matter of `raytron.actors.moves`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ray.exceptions import RayActorError, RayTaskError
 from raytron.actors.budget import Kind
 from raytron.actors.worker import PeerError
 from raytron.errors import GuardError, WorkerError
-from raytron.plan.plan import Plan
 from raytron.training.guard import Rollback
 
 
@@ -72,8 +71,3 @@ def verdict(failures: Mapping[int, BaseException], silent: Collection[int]) -> B
 
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def next_plan(plan: Plan, lost: WorkersLost) -> Plan:
-    """The plan that answers a loss: the same mesh again, on replaced workers."""
-    return plan

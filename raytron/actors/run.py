@@ -263,7 +263,8 @@ def preflight(config: RunConfig) -> RunConfig:
         found += data_problems(settled)
     room, shape = own_room(settled.cluster), MeshShape.of(settled.mesh)
     if room is not None and not any(where.startswith(("mesh", "cluster")) for where in known):
-        found += too_small(room, settled.cluster, shape.world, str(shape))
+        least = settled.elastic.fewest if settled.elastic.on else shape.world
+        found += too_small(room, settled.cluster, least, str(shape))
     if found:
         raise ConfigError(found)
     return settled

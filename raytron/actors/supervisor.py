@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from raytron.actors.patience import Patience
+from raytron.actors.patience import STEP, Patience
 from raytron.actors.recovery import WorkersLost, cause_of, is_death, is_settled, verdict
 from raytron.actors.worker import Beat
 
@@ -39,8 +39,11 @@ class Supervisor:
         patience: Patience,
         heard: Callable[[int, Beat], None],
         asks: Callable[[int], tuple[int, int]],
+        look: Callable[[], None],
     ):
-        self.workers, self.patience, self.heard, self.asks = workers, patience, heard, asks
+        """look: called as often as ranks are looked at, while they train."""
+        self.workers, self.patience = workers, patience
+        self.heard, self.asks, self.look = heard, asks, look
         self._beats: dict[int, tuple[Any, float]] = {}  # under way: the call, and when it was made
         self._last: dict[int, Beat] = {}
 
@@ -68,6 +71,8 @@ class Supervisor:
             if not failures and time.monotonic() - looked > self.period_s:
                 looked = time.monotonic()
                 self._look(set(answers), phase)
+                if phase == STEP:
+                    self.look()
         if failures:
             raise verdict(failures, set(self.workers) - set(answers) - set(failures))
         return answers
