@@ -291,6 +291,7 @@ class GuardConfig:
     spike_window: int = 100  # steps that the median is of
     rollback_steps: int = 20  # to go back at least
     max_skipped: int = 20  # steps skipped in a row, for one of these causes, before the run stops
+    straggler_ratio: float | None = 1.5  # times as long as its peers a rank is busy to be called slow; None: none is
     digest_every: int | None = 100  # steps between comparisons of replicas' parameters, to the bit; None: never
 
 

@@ -137,6 +137,7 @@ RANGES: tuple[Range, ...] = (
     *_more_than_zero("observe.peak_tflops cluster.cpus_per_worker cluster.timeout_s cluster.placement_timeout_s"),
     *_at_least(1, "cluster.threads_per_worker guard.rollback_steps guard.max_skipped guard.digest_every"),
     *_more_than_zero("guard.spike"),
+    Range("guard.straggler_ratio", 1, open_low=True),
     *_at_least(10, "guard.spike_window"),
 )
 
