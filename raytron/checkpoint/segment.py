@@ -34,6 +34,7 @@ from raytron.checkpoint.files import digest_bytes, to_json
 from raytron.checkpoint.local_storage import opened
 from raytron.checkpoint.planner import DTYPE_OF_NAME
 from raytron.checkpoint.record import ELEMENT_BYTES, LARGEST
+from raytron.checkpoint.room import check_room
 from raytron.errors import CheckpointError
 
 FORMAT, VERSION = "raytron-segment", 1
@@ -186,6 +187,7 @@ def make(path: Path, size: int) -> mmap.mmap:
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        check_room(size)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:
@@ -193,7 +195,7 @@ def make(path: Path, size: int) -> mmap.mmap:
         return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
     except OSError as error:
         path.unlink(missing_ok=True)
-        remedy = "free memory there, use more nodes, or set recovery.memory_every to null"
+        remedy = "free memory, give a container more (--shm-size), use more nodes, or set recovery.memory_every to null"
         raise CheckpointError(
             f"{path}: no room for {size} bytes of a rank's state: {error.strerror}\n    remedy: {remedy}"
         ) from error

@@ -16,6 +16,7 @@ from raytron.checkpoint.sources import MemoryGeneration, choose, survey
 from raytron.config import RunConfig
 from raytron.errors import CheckpointError
 from raytron.plan.mesh import MeshShape
+from raytron.training.engine import NORM
 from raytron.training.trainer import Trainer
 
 STEPS, EPOCH = 3, 7
@@ -195,6 +196,39 @@ def test_at_once_refuses_what_was_heard_and_not_taken_in(world, tmp_path):
     config = LIVE.replace(**{"optimizer.at_once": True, "optimizer.clip_norm": None})
     for error, _ in world.run(2, parked_after, config, tmp_path, "update"):
         assert "caught in the middle of a change" in error
+
+
+def skipped(rank: int, config: RunConfig, folder: Path) -> tuple[int, int, list[str]]:
+    """The second step's gradient is not finite; where memory then stands, and what is otherwise after going on from it."""
+
+    def poisoned(trainer: Trainer) -> Trainer:
+        values = trainer.engine.values
+        trainer.engine.values = lambda *args: values(*args) | ({NORM: float("inf")} if trainer.step == 1 else {})
+        return trainer
+
+    trainer, again = poisoned(trainer_of(rank, config)), poisoned(trainer_of(rank, config))
+    trainer.open_replicas(place(folder, rank)[1], EPOCH)
+    for _ in range(2 if trainer.at_once is None else 3):
+        trainer.train_step()
+    torch.distributed.barrier()
+    generation = choice(folder)
+    again.restore(generation, place(folder, rank)[0], fetch)
+    trainer.close_replicas()
+    while again.step < trainer.step:
+        again.train_step()
+    for each in (trainer, again):
+        each.train_step()
+        each.settle()
+    found = differences(again, copy_of(trainer))
+    found += [key for key, value in trainer.facts().items() if again.facts()[key] != value]
+    return generation.step, generation.facts["skipped_steps"], found
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_skipped_step_is_remembered_as_skipped(world, tmp_path, at_once):
+    config = dense({"mesh.dp": 2, "optimizer.at_once": at_once, "guard.on_nonfinite": "skip"})
+    config = config.replace(**{"optimizer.clip_norm": None})
+    assert world.run(2, skipped, config, tmp_path) == [(2, 1, [])] * 2
 
 
 def survivors(rank: int, config: RunConfig, folder: Path) -> None:
