@@ -26,6 +26,7 @@ LAZY = {
     "attach": ("raytron.actors.run", "attach"),
     "statuses": ("raytron.actors.run", "statuses"),
     "plan": ("raytron.plan.plan", "make_plan"),
+    "elastic page": ("raytron.plan.losses", "page"),
     "paper cluster": ("raytron.plan.cluster", "on_paper"),
     "picture": ("raytron.plan.draw", "schedule_svg"),
     "times": ("raytron.plan.times", "read_times"),
@@ -77,6 +78,8 @@ def plan(given: argparse.Namespace) -> int:
     cluster = None if given.on is None else lazy("paper cluster")(given.on)
     made = lazy("plan")(config, cluster, times, lambda text: print(text, file=sys.stderr))
     print(made)
+    if config.elastic.on:
+        print(f"\n{lazy('elastic page')(made, times)}")
     if given.svg is not None:
         _write(Path(given.svg), lazy("picture")(made.schedule))
     if given.trace is not None:

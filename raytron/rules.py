@@ -468,9 +468,6 @@ def _elastic(config: RunConfig) -> Iterator[Problem]:
     least, most, world = elastic.min_workers, elastic.max_workers, mesh.pp * mesh.dp * mesh.cp * mesh.tp
     if least is not None and most is not None and least > most:
         yield Problem("elastic.min_workers", f"{least} is more than max_workers, {most}", f"use at most {most}")
-    elif least is not None and world < least:
-        what = f"the mesh has {_counted(world, 'workers')}, and at least {least} are asked for"
-        yield Problem("elastic.min_workers", what, f"use at most {world}, or a larger mesh")
     elif most is not None and world > most:
         what = f"the mesh has {_counted(world, 'workers')}, and at most {most} are asked for"
         yield Problem("elastic.max_workers", what, f"use {world} or more, or a smaller mesh")

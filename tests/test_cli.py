@@ -94,6 +94,12 @@ def test_a_plan_is_one_page(run):
     assert 10 < len(out.splitlines()) < 60
 
 
+def test_an_elastic_plan_tells_what_follows_a_loss(run):
+    out = run("plan", QUICKSTART, "elastic.min_workers=1")[1]
+    assert "at least 1 worker; where some are lost:" in out
+    assert "where some are lost" not in run("plan", QUICKSTART)[1]
+
+
 def test_overrides_change_the_plan(run):
     out = run("plan", QUICKSTART, "mesh.tp=1", "mesh.dp=2", "pipeline.schedule=zb-h1")[1]
     assert "PP2·DP2·CP1·TP1" in out

@@ -136,7 +136,6 @@ CASES = [
         "4 is more",
         "at most 2",
     ),
-    ({"elastic.min_workers": 4}, "elastic.min_workers", "the mesh has 1 worker, and at least 4", "at most 1"),
     (
         {"elastic.max_workers": 2, "mesh.dp": 4},
         "elastic.max_workers",

@@ -56,6 +56,16 @@ class Candidate:
     bytes: int = 0
     why_not: str = ""
 
+    @property
+    def dealt(self) -> str:
+        """How many micro-batches a rank runs."""
+        return f"{self.most}" if self.most == self.fewest else f"{self.most} or {self.fewest}"
+
+    @property
+    def step(self) -> str:
+        """The length of a step."""
+        return "" if math.isinf(self.length) else f"{self.length:.2f}×"
+
 
 @dataclass(frozen=True)
 class Resized:
@@ -84,9 +94,9 @@ class Resized:
             [
                 f"  {each.mesh}",
                 f"{each.mesh.world}",
-                _dealt(each),
-                _times(each.length),
-                _bytes(each),
+                each.dealt,
+                each.step,
+                draw.size(each.bytes) if each.bytes else "",
                 each.why_not or "chosen",
             ]
             for each in self.candidates[:SHOWN]
@@ -311,15 +321,3 @@ def _explained(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
             yield replace(
                 each, why_not=f"as fast, {draw.plural(more, 'worker')} more" if more > 0 else "as fast, less like"
             )
-
-
-def _dealt(candidate: Candidate) -> str:
-    return f"{candidate.most}" if candidate.most == candidate.fewest else f"{candidate.most} or {candidate.fewest}"
-
-
-def _times(length: float) -> str:
-    return "" if math.isinf(length) else f"{length:.2f}×"
-
-
-def _bytes(candidate: Candidate) -> str:
-    return draw.size(candidate.bytes) if candidate.bytes else ""

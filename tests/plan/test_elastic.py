@@ -14,6 +14,7 @@ from raytron.errors import ConfigError
 from raytron.plan.cluster import ClusterShape, NodeShape, on_paper
 from raytron.plan.elastic import Resized, best_plan
 from raytron.plan.growth import Growth
+from raytron.plan.losses import page
 from raytron.plan.memory import least_state, stage_held
 from raytron.plan.mesh import MeshShape
 from raytron.plan.meshes import groups, standing
@@ -102,6 +103,11 @@ def test_never_over_memory():
     assert "recompute" in caught.value.problems[0].remedy
 
 
+def test_the_least_number_is_of_workers_not_of_the_mesh():
+    """Of 7 workers a mesh of 4 is the best, and 3 wait."""
+    assert mesh_of(DENSE.replace(**{"elastic.min_workers": 6}), 7).world == 4
+
+
 def test_too_few_workers_are_waited_for():
     with pytest.raises(ConfigError, match=r"6 workers at least, and there are 5") as caught:
         best_plan(DENSE.replace(**{"elastic.min_workers": 6}), 5)
@@ -161,6 +167,20 @@ def test_what_is_put_aside_unseen_would_not_have_fitted(schedule, zero):
         half = best_plan(plan.config, 4)
         assert half.plan.mesh.dp == 1
         assert half.length == pytest.approx(half.plan.timeline.makespan / plan.timeline.makespan)
+
+
+def test_the_page_says_what_follows_a_loss():
+    config = DENSE.replace(**{"mesh.dp": 4, "elastic.min_workers": 6, "elastic.max_workers": 16})
+    cluster = ClusterShape(tuple(NodeShape(f"node-{at}", 4) for at in range(4)))
+    head, *rows = page(make_plan(config, cluster)).splitlines()
+    assert head == "elastic   at least 6 workers and at most 16; where some are lost:"
+    told = [row.split("  ")[1].strip() for row in rows[1:]]
+    assert told == ["1 worker", "2 workers", "1 node", "2 nodes"]
+    assert "PP2·DP3·CP1·TP2" in rows[1]
+    assert "3 spares" in rows[1]
+    assert "PP2·DP2·CP1·TP2" in rows[4]
+    short = page(make_plan(config.replace(**{"elastic.min_workers": 16}), cluster))
+    assert "needs 16 workers at least" in short
 
 
 # ---- growing again
