@@ -35,6 +35,7 @@ class Descriptor:
     """A local file that is open to be read."""
 
     span = 4 << 20  # as much as a processor's cache holds
+    gap = 32 << 10
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor

@@ -29,6 +29,7 @@ class _Object:
     """An object that is open to be read."""
 
     span = 32 << 20
+    gap = 4 << 20
 
     def __init__(self, files: Any, path: Path, size: int):
         self.files, self.path, self.size = files, path, size

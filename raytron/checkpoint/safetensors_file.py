@@ -5,7 +5,7 @@
     data      the tensors, row-major, without gaps; offsets count from here
 
 Tensors with wide elements come first, so that each is aligned. A rectangle of a stored tensor is read as runs of
-contiguous bytes, straight into its target where the target is contiguous too.
+contiguous bytes, straight into its target where the target is contiguous too; short gaps between runs are read along.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from raytron.checkpoint.files import Digest, storage_of
 from raytron.checkpoint.record import FileRecord
 from raytron.checkpoint.storage import Source
 from raytron.errors import CheckpointError
-
-SPAN = 1 << 20  # a rectangle within fewer bytes than this is read with what lies between
 
 
 class Entry(NamedTuple):
@@ -84,7 +82,7 @@ def read_rectangle(
     whole_rows = sizes[1:] == tuple(shape[1:])
     if whole_rows and target.is_contiguous() and target.dtype == dtype and target.device.type == "cpu":
         source.read_into(raw_bytes(target), first)
-    elif whole_rows or row_bytes <= SPAN:
+    elif whole_rows or row_bytes - math.prod(sizes[1:]) * dtype.itemsize <= source.gap:
         _read_rows(source, first, (row_bytes, tuple(shape[1:])), offsets[1:], target, dtype)
     else:
         for row in range(sizes[0]):
@@ -101,7 +99,7 @@ def _read_rows(
 ) -> None:
     """Read whole rows, a few at a time, and copy the wanted part of each. row: its bytes and shape."""
     row_bytes, row_shape = row
-    step = max(1, SPAN // max(row_bytes, 1))
+    step = max(1, source.span // max(row_bytes, 1))
     for begin in range(0, target.shape[0], step):
         count = min(step, target.shape[0] - begin)
         elements = count * row_bytes // dtype.itemsize

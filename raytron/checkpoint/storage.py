@@ -20,9 +20,10 @@ SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):")  # two letters at least: one is a d
 
 
 class Source(Protocol):
-    """A file that is open to be read. span: bytes that are worth one request."""
+    """A file that is open to be read. span: bytes that are worth one request; gap: that cost less to read than to leap."""
 
     span: int
+    gap: int
 
     @property
     def size(self) -> int:
