@@ -1,9 +1,12 @@
 """What it costs to keep the state of every step in memory, and how fast it comes back: python benchmarks/replica.py
 
 Two ranks train; blocks of steps with segments alternate with blocks without: what disturbs the machine disturbs both.
-The figure is the median over pairs of neighbouring blocks of the time with over the time without. `alone`: segments on this
-node. `partner`: two keepers on a local Ray, each following one rank as if it were on another node; on this machine they
-share the cores with the ranks, which nodes of a cluster don't.
+The figure is the median over pairs of neighbouring blocks of the time with over the time without, and the same of the time
+that a rank's cores were at work, which a busy machine disturbs less.
+
+    alone     segments on this node
+    partner   two keepers on a local Ray, each following one rank as if it were on another node; here they share the cores
+              with the ranks, which nodes of a cluster don't
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -50,18 +53,25 @@ def trainer_of(rank: int, config: RunConfig) -> Trainer:
     return Trainer(make_plan(config, None), mesh, RandomStream(config.model.vocab, config.sequence_length))
 
 
-def steps(trainer: Trainer, every: int | None) -> float:
-    """Seconds of a block of steps, until its last segment is where it has to be."""
+class Taken(NamedTuple):
+    """What a block of steps took until its last segment was where it had to be; cpu_s: of this rank's cores."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def steps(trainer: Trainer, every: int | None) -> Taken:
+    """A block of steps."""
     assert trainer.replicas is not None
     trainer.replicas.every = every
     dist.barrier()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for _ in range(BLOCK):
         trainer.train_step()
     if every:
         trainer.replicas.wait()
     dist.barrier()
-    return time.perf_counter() - start
+    return Taken(time.perf_counter() - start, time.process_time() - cpu)
 
 
 def train(rank: int, config: RunConfig, folders: list[str], pairs: int) -> dict[str, Any]:
@@ -71,12 +81,11 @@ def train(rank: int, config: RunConfig, folders: list[str], pairs: int) -> dict[
     replicas = trainer.replicas
     assert replicas is not None
     steps(trainer, 1)
-    ratios, without = [], []
+    blocks = []
     for pair in range(pairs):
         first = steps(trainer, 1 if pair % 2 else None)
         second = steps(trainer, None if pair % 2 else 1)
-        ratios.append(first / second if pair % 2 else second / first)
-        without.append(min(first, second) / BLOCK)
+        blocks.append((first, second) if pair % 2 else (second, first))
     writes = []
     for step in range(trainer.step + 1, trainer.step + 6):
         dist.barrier()
@@ -85,8 +94,9 @@ def train(rank: int, config: RunConfig, folders: list[str], pairs: int) -> dict[
         writes.append(time.perf_counter() - start)
         replicas.wait()
     return {
-        "ratios": ratios,
-        "step_s": statistics.median(without),
+        "ratios": [with_.wall_s / without.wall_s for with_, without in blocks],
+        "cpu_ratios": [with_.cpu_s / without.cpu_s for with_, without in blocks],
+        "step_s": statistics.median(without.wall_s / BLOCK for _, without in blocks),
         "bytes": replicas.bytes,
         "write_s": statistics.median(writes),
     }
@@ -105,6 +115,12 @@ def restore(rank: int, config: RunConfig, folders: list[str]) -> dict[str, float
     begin = time.perf_counter()
     trainer.restore(chosen[0], str(rank), lambda node, path, seal, windows: read_windows(path, seal, windows))
     return {"survey_s": middle - start, "restore_s": time.perf_counter() - begin}
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """The median and the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 
 def run(world: World, size: str, pairs: int, *, keepers: bool) -> dict[str, Any]:
@@ -127,7 +143,6 @@ def run(world: World, size: str, pairs: int, *, keepers: bool) -> dict[str, Any]
             ray.kill(keeper)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-    ratios = sorted(ranks[0]["ratios"])
     total = sum(rank["bytes"] for rank in ranks)
     return {
         "model": SIZES[size],
@@ -137,8 +152,8 @@ def run(world: World, size: str, pairs: int, *, keepers: bool) -> dict[str, Any]
         "segment_ms": round(max(rank["write_s"] for rank in ranks) * 1e3, 2),
         "state_gb_per_s": round(total / max(rank["write_s"] for rank in ranks) / 1e9, 2),
         "pairs": pairs,
-        "ratio_median": round(statistics.median(ratios), 4),
-        "ratio_quartiles": [round(ratios[len(ratios) // 4], 4), round(ratios[3 * len(ratios) // 4], 4)],
+        "ratio": spread(ranks[0]["ratios"]),
+        "cpu_ratio": spread(ranks[0]["cpu_ratios"]),
         "back": {
             name: {
                 "survey_ms": round(found[0]["survey_s"] * 1e3, 1),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from raytron.checkpoint.files import to_json
 from raytron.checkpoint.segment import SUFFIX, Head, Origin, Rectangle, read_segment
 from raytron.errors import CheckpointError
 
+THREADS = 4  # that read segments
 MOST_NAMED = 5  # of missing tensors, in a reason
 
 
@@ -100,13 +102,16 @@ def survey(folder: Path | str, node: str, *, digests: bool = True) -> Survey:
 
     digests: every byte is read and checked; otherwise heads alone.
     """
-    found, passed_over = [], []
-    for path in sorted(Path(folder).glob(f"*{SUFFIX}")):
+
+    def look(path: Path) -> Held | str:
         try:
-            found.append(Held(node, str(path), read_segment(path, digests=digests)))
+            return Held(node, str(path), read_segment(path, digests=digests))
         except CheckpointError as error:
-            passed_over.append(f"{node}: {error}")
-    return Survey(found, passed_over)
+            return f"{node}: {error}"
+
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        seen = list(pool.map(look, sorted(Path(folder).glob(f"*{SUFFIX}"))))
+    return Survey([each for each in seen if isinstance(each, Held)], [each for each in seen if isinstance(each, str)])
 
 
 def choose(held: Iterable[Held], *, up_to: int | None = None) -> Choice:
