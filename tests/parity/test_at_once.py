@@ -27,6 +27,7 @@ MESHES = {
     "zb-h2": {"mesh.pp": 2, "pipeline.schedule": "zb-h2", "micro_batch_size": 1},
     "zb-v, zero 3": {"mesh.pp": 2, "mesh.dp": 2, "pipeline.schedule": "zb-v", "data_parallel.zero": 3,
                      "micro_batch_size": 1},
+    "shared unevenly": {"mesh.dp": 3, "data_parallel.zero": 3},  # 4 micro-batches
     "hybrid in bf16": {"mesh.dp": 4, "mesh.replicate": 2, "precision.dtype": "bf16", "micro_batch_size": 1},
 }  # fmt: skip
 

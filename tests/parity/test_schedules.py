@@ -45,6 +45,15 @@ def test_sharded(world, name, zero):
     check_equal(world, run(name, 2, model=model, **changes), steps=3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("name", [*ONE_CHUNK, *LOOPS, *VS])
+def test_ranks_with_different_numbers_of_micro_batches(world, name, zero):
+    """5 and 4 of them: other schedules beside each other, or an empty micro-batch (ZeRO 2 and 3)."""
+    config = run(name, 2, model="gpt2", global_batch_size=9, **{"mesh.dp": 2, "data_parallel.zero": zero})
+    check_equal(world, config, steps=2)
+
+
 @pytest.mark.parametrize("name", ["zb-v", "dualpipe-v", "interleaved-zb"])
 def test_with_tensor_parallelism_and_dropout(world, name):
     check_equal(world, run(name, 2, model="dropped", **{"mesh.tp": 2, "model.tied_embeddings": True}), steps=3)

@@ -49,7 +49,17 @@ RAMP = {"global_batch_size": 12, "micro_batch_size": 1, "batch_ramp.start": 4, "
 SIZES = [4, 4, 8, 12, 12, 12]
 
 
-@pytest.mark.parametrize("mesh", [{}, {"mesh.dp": 2, "mesh.pp": 2}, {"mesh.tp": 2, "mesh.dp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {},
+        {"mesh.dp": 2, "mesh.pp": 2},
+        {"mesh.tp": 2, "mesh.dp": 2},
+        {"mesh.dp": 3},  # 4, 8 and 12 micro-batches
+        {"mesh.dp": 3, "data_parallel.zero": 3},
+    ],
+    ids=str,
+)
 def test_a_growing_batch_is_the_twins(world, mesh):
     config = tiny("dropped", **RAMP, **mesh)
     (mine, consumed), *_ = world.run(MeshShape.of(config.mesh).world, records, config, len(SIZES))

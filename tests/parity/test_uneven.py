@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import bare, check_equal, run_mesh
+from harness import bare, check_equal, pieces, run_mesh, whole
 from models import batch_of, tiny
 from test_experts import DEEPSEEK, MIXTRAL
+from test_steps import Sequences
 
 from raytron.config import RunConfig
+from raytron.data.batch import Batch
 from raytron.parallel.mesh import Mesh
 from raytron.plan.elastic import best_plan
 from raytron.plan.mesh import MeshShape
@@ -19,6 +22,7 @@ from raytron.plan.plan import make_plan
 from raytron.testing.twin import Twin
 from raytron.training.engine import Engine
 from raytron.training.microbatch import filled_up, micro_batches
+from raytron.training.trainer import Trainer
 
 FIVE = {"mesh.dp": 3, "global_batch_size": 5, "micro_batch_size": 1}
 SEVEN = {"mesh.dp": 3, "global_batch_size": 14, "micro_batch_size": 2}
@@ -102,6 +106,46 @@ def test_canonical_sums_are_the_same_bits(world, case, sharing):
     assert many.grad_norm == one.grad_norm
     for name, weight in one.weights.items():
         assert (many.weights[name] == weight).all(), name
+
+
+class Told:
+    """A stream that notes which samples were read."""
+
+    def __init__(self, stream: Sequences):
+        self.stream, self.ids = stream, list[int]()
+        self.sequence_length, self.samples_per_epoch = stream.sequence_length, stream.samples_per_epoch
+
+    def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
+        batch = self.stream.batch(first, count, part, parts)
+        self.ids += batch.ids.tolist()
+        return batch
+
+
+def one_step(rank: int, config: RunConfig, folder: Path, path: str | None) -> tuple[str, float, list[int], list[Any]]:
+    """Goes on from a checkpoint for a step: the next checkpoint, the loss, the samples of this rank, the weights."""
+    stream = Told(Sequences(config))
+    trainer = Trainer(make_plan(config, None), Mesh(MeshShape.of(config.mesh), rank), stream)
+    if path is not None:
+        trainer.load(path)
+    loss = trainer.train_step()["loss"]
+    return str(trainer.save(folder)), loss, stream.ids, pieces(trainer.state())
+
+
+def test_a_run_that_shrinks_to_one_and_grows_back_is_the_undisturbed_one(world, tmp_path):
+    """The weights to the bit, each loss, and each sample once."""
+    config = tiny("dropped", **CANONICAL, **{"data_parallel.zero": 2})
+    worlds, path, losses, read = (5, 4, 3, 2, 1, 2, 4), None, [], []
+    for number, workers in enumerate(worlds):
+        results = world.run(workers, one_step, config.replace(**{"mesh.dp": workers}), tmp_path / f"{number}", path)
+        path, loss, _, _ = results[0]
+        losses.append(loss)
+        read += [each for result in results for each in result[2]]
+    undisturbed = run_mesh(world, config, len(worlds))
+    mine = whole([result[3] for result in results])
+    assert losses == undisturbed.losses
+    assert read == list(range(5 * len(worlds)))
+    for name, weight in undisturbed.weights.items():
+        assert (mine[name] == weight).all(), name
 
 
 def evaluated(rank: int, config: RunConfig) -> tuple[float, int]:
