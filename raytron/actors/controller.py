@@ -205,7 +205,8 @@ class Controller:
         hosts = sorted({facts.host for facts in gang.facts.values()})
         pids = {rank: facts.pid for rank, facts in sorted(gang.facts.items())}
         facts = {"epoch": self._epoch, "step": self._step, "mesh": str(plan.mesh), "source": origin}
-        self._say("workers", text, **facts, hosts=hosts, pids=pids, **seconds)
+        nodes = {rank: facts.node_id for rank, facts in sorted(gang.facts.items())}
+        self._say("workers", text, **facts, hosts=hosts, pids=pids, nodes=nodes, **seconds)
 
     def _gather(self, plan: Plan) -> Gang:
         """Enough workers for a plan, with their ranks; spares are made, but not waited for."""
@@ -237,7 +238,7 @@ class Controller:
             if stops:
                 break
             after = self._turn(plan)
-            if after is not plan:
+            if after is not None:
                 self._leave()
                 return after
         if self._saved != self._step:
@@ -252,26 +253,26 @@ class Controller:
             self._save(wait=True)
         self._together("leave", lambda rank: (self.memory.on,), patience.SAVING)
 
-    def _turn(self, plan: Plan) -> Plan:
-        """Between two segments: the plan to go on with, another one where a client wants it or measurements say so."""
+    def _turn(self, plan: Plan) -> Plan | None:
+        """Between two segments: the plan to build anew, because a client, the cluster or measurements want it; or None."""
         if self._wanted is not None:
             (after, why), self._wanted = self._wanted, None
             facts = {"page": str(after), "mesh": str(after.mesh), "why": why, "step": self._step}
             self._say("mesh", f"mesh: {after.mesh} after {plan.mesh}: {why}", **facts)
             return after
-        return self._choose(plan) if self._choose_at == self._step else plan
+        return self._choose(plan) if self._choose_at == self._step else None
 
-    def _choose(self, plan: Plan) -> Plan:
-        """`schedule: auto`, once the first steps are measured."""
+    def _choose(self, plan: Plan) -> Plan | None:
+        """`schedule: auto`, once the first steps are measured: another plan, or None."""
         self._enter("choosing a schedule")
         self._choose_at, self._measure = None, False
         try:
             after, why = replan(plan, read_times(self.directory.path, plan.config))
         except ConfigError as error:
             self._say("schedule", f"schedule: {plan.schedule.name} stays: {error.problems[0].what}")
-            return plan
+            return None
         self._say("schedule", f"schedule: {why}", page=str(after), schedule=after.schedule.name)
-        return after
+        return None if after is plan else after
 
     def _save(self, *, wait: bool = False) -> None:
         """Begins a checkpoint; `_reported` hears how it ended. wait: until it is committed, or raise."""

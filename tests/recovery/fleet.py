@@ -1,0 +1,67 @@
+"""A run on a small cluster of nodes on this machine, one of which is drained or lost: what is left of it, as JSON.
+
+python fleet.py DATASET FOLDER (drain|kill|none)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import ray
+from fault_runs import configured, told
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+
+from raytron.actors.controller import Seams
+from raytron.actors.run import launch
+from raytron.testing.faults import Faults
+
+DRAIN_PREEMPTION = 2  # what Ray calls the reason
+NOTICE_S = 30
+CHANGES = {"mesh.dp": 2, "cluster.cpus_per_worker": 1, "steps": 16, "recovery.spares": 0}
+
+
+def reach(run, step):
+    deadline = time.monotonic() + 120
+    while run.status()["step"] < step:
+        assert time.monotonic() < deadline, run.status()
+        time.sleep(0.05)
+
+
+def main() -> None:
+    dataset, folder, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    fast = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": {**fast, "worker_niceness": 0}},
+    )
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    config = configured(dataset, folder / "run", "fleet", **CHANGES, **{"cluster.address": cluster.address})
+    faults = Faults(["slow rank 0 in every forward"], folder / "faults")
+    with launch(config, seams=Seams(open_trainer=faults)) as run:
+        reach(run, 3)
+        ids = {node.node_id: node for node in nodes}
+        busy = [facts for facts in run.events() if facts["event"] == "workers"][-1]["nodes"]
+        victim = ids[busy["1"]]
+        if what == "drain":
+            told_at = time.time()
+            deadline_ms = int((told_at + NOTICE_S) * 1000)
+            accepted, why = GcsClient(address=cluster.address).drain_node(
+                victim.node_id, DRAIN_PREEMPTION, "a test", deadline_ms
+            )
+            assert accepted, why
+        elif what == "kill":
+            cluster.remove_node(victim, allow_graceful=False)
+        story = told(run, run.wait(timeout_s=180))
+    ray.shutdown()
+    cluster.shutdown()
+    left = [path.name for path in Path("/dev/shm").glob("raytron-fleet-*")]
+    answer = {"losses": story.result.losses, "restarts": story.result.restarts, "events": story.events, "left": left}
+    (folder / "answer.json").write_text(json.dumps({**answer, "victim": victim.node_id}))
+
+
+if __name__ == "__main__":
+    main()

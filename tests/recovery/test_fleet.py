@@ -1,0 +1,34 @@
+"""Nodes that leave: with a notice nothing is lost, without one at most a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.recovery
+HERE = Path(__file__).parent
+
+
+def fleet(dataset, folder, what):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    command = [sys.executable, str(HERE / "fleet.py"), str(dataset), str(folder), what]
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return json.loads((folder / "answer.json").read_text())
+
+
+@pytest.mark.parametrize(("what", "restarts"), [("drain", 0), ("kill", 1)])
+def test_a_node_that_leaves(corpus_dataset, undisturbed, tmp_path, what, restarts):
+    answer = fleet(corpus_dataset, tmp_path, what)
+    story = {event["event"]: event for event in answer["events"]}
+    assert answer["losses"] == undisturbed(**{"mesh.dp": 2, "steps": 16}).result.losses
+    assert answer["restarts"] == restarts
+    assert answer["victim"] not in story["workers"]["nodes"].values()
+    assert story["workers"]["source"] == "memory"
+    assert ("notice" in story) == (what == "drain")
+    assert "redo" not in story or story["redo"]["last"] == story["redo"]["first"]
