@@ -443,6 +443,8 @@ class Controller:
         assert self._plan is not None
         if self._wanted is None and (wanted := self._moves.look(self._plan)) is not None:
             self._want(wanted)
+        assert self._gang is not None
+        self.memory.greet({member.facts.node_id for member in self._gang.ready if member.facts is not None})
 
     def _want(self, wanted: Wanted) -> None:
         """Another plan, from the next step on."""

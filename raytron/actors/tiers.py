@@ -10,7 +10,7 @@ not asked again until a later epoch has trained well for a while.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -33,6 +33,7 @@ class Memory:
         self.run, self.every, self.say = f"{run}-{secrets.token_hex(4)}", every, say
         self.keepers: dict[str, Any] = {}  # by node id
         self.folders: dict[str, str] = {}
+        self._starting: dict[str, tuple[Any, Any]] = {}  # keepers, and the calls that say where they keep
         self._demoted_until = 0  # the step from which on this tier is trusted again
 
     @property
@@ -44,16 +45,23 @@ class Memory:
         if not self.on:
             return
         self._forget_dead()
-        new = {node: keeper.spawn(self.run, node) for node in nodes if node not in self.keepers}
-        calls = {node: actor.place.remote() for node, actor in new.items()}
-        for node, call in calls.items():
+        self.greet(nodes)
+        for node in [node for node in self._starting if node in nodes]:
+            actor, place = self._starting.pop(node)
             try:
-                self.folders[node] = ray.get(call, timeout=START_S).folder
-                self.keepers[node] = new[node]
+                self.folders[node] = ray.get(place, timeout=START_S).folder
+                self.keepers[node] = actor
             except (ray.exceptions.RayError, TimeoutError) as error:
                 raise ClusterError(f"no keeper can be started on node {node}: {error}") from None
         ring = keeper.partners(sorted(nodes))
         ray.get([self.keepers[node].follow.remote(self.keepers[of], epoch, world) for node, of in ring.items()])
+
+    def greet(self, nodes: Iterable[str]) -> None:
+        """Starts keepers on nodes that have none, where workers wait that may soon have a rank."""
+        for node in nodes:
+            if self.on and node not in self.keepers and node not in self._starting:
+                actor = keeper.spawn(self.run, node)
+                self._starting[node] = actor, actor.place.remote()
 
     def newest(self, up_to: int) -> MemoryGeneration | None:
         """The newest whole step of at most `up_to`; what was passed over is told."""
@@ -82,7 +90,7 @@ class Memory:
     def close(self) -> None:
         """Ends all keepers; their folders go."""
         self._ask("close")
-        for actor in self.keepers.values():
+        for actor in [*self.keepers.values(), *(actor for actor, _ in self._starting.values())]:
             ray.kill(actor)
         self.keepers.clear()
         self.folders.clear()
