@@ -1,4 +1,7 @@
-"""From mesh to mesh through memory: what disk gives to the bit, and training goes on the same."""
+"""From mesh to mesh, live and through memory: what disk gives to the bit, and training goes on the same.
+
+Live is what the ranks park when they leave their mesh; memory is what they had written at their last step.
+"""
 
 from __future__ import annotations
 
@@ -69,9 +72,11 @@ def differences(trainer: Trainer, other: dict[str, torch.Tensor]) -> list[str]:
     return [name for name in mine if not torch.equal(mine[name], other[name])]
 
 
-def choice(folder: Path) -> MemoryGeneration:
+def choice(folder: Path, live: bool | None = None) -> MemoryGeneration:
+    """live: only what was parked, or only what was not."""
     surveys = [survey(place(folder, rank)[1], place(folder, rank)[0]) for rank in range(2)]
-    generation, reasons = choose(each for found in surveys for each in found.held)
+    held = [each for found in surveys for each in found.held]
+    generation, reasons = choose(each for each in held if live is None or live == ("parked" in each.path))
     assert generation is not None, reasons
     return generation
 
@@ -84,6 +89,7 @@ def write(rank: int, config: RunConfig, folder: Path) -> tuple[str, list[str], f
     for _ in range(STEPS):
         trainer.train_step()
     path = trainer.save(folder / "checkpoints")
+    trainer.park(range(trainer.mesh.shape.world))
     trainer.close_replicas()
     losses = [trainer.train_step()["loss"] for _ in range(2)]
     end = copy_of(trainer)
@@ -110,20 +116,24 @@ def written(world, tmp_path_factory):
 
 
 def read(rank: int, config: RunConfig, folder: Path, path: str) -> tuple[list[str], int, int, float]:
-    """What memory gives otherwise than disk, at once and two steps later."""
-    disk, memory = trainer_of(rank, config), trainer_of(rank, config)
+    """What memory, and what was parked, gives otherwise than disk, at once and two steps later."""
+    disk = trainer_of(rank, config)
     disk.load(path)
-    memory.restore(choice(folder), place(folder, rank)[0], fetch)
-    found = differences(memory, copy_of(disk))
-    wanted, kept = disk.facts(), memory.facts()
-    found += [key for key in wanted if wanted[key] != kept[key]]
-    losses = [(disk.train_step()["loss"], memory.train_step()["loss"]) for _ in range(2)]
-    found += [f"loss {pair}" for pair in losses if pair[0] != pair[1]]
-    return found + differences(memory, copy_of(disk)), kept["step"], kept["consumed"], losses[0][1]
+    start, wanted = copy_of(disk), disk.facts()
+    losses = [disk.train_step()["loss"] for _ in range(2)]
+    found = []
+    for live in (False, True):
+        memory = trainer_of(rank, config)
+        memory.restore(choice(folder, live), place(folder, rank)[0], fetch)
+        kept = memory.facts()
+        found += differences(memory, start) + [key for key in wanted if wanted[key] != kept[key]]
+        found += [f"loss {loss}" for loss in losses if memory.train_step()["loss"] != loss]
+        found += differences(memory, copy_of(disk))
+    return found, kept["step"], kept["consumed"], losses[0]
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_memory_gives_what_disk_gives(world, written, source, target):
+def test_live_and_memory_give_what_disk_gives(world, written, source, target):
     folder, path, loss = written(source)
     config = CONFIGS[target]
     results = world.run(MeshShape.of(config.mesh).world, read, config, folder, path)
