@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,29 @@ def test_tiles_cover_and_anything_else_does_not(tiling: tuple[tuple[int, ...], l
     chosen = data.draw(st.integers(0, len(boxes) - 1))
     assert "nobody" in (coverage_problem(shape, boxes[:chosen] + boxes[chosen + 1 :]) or "")
     assert "overlap" in (coverage_problem(shape, [*boxes, boxes[chosen]]) or "")
+
+
+@given(rectangles(), st.data())
+def test_boxes_that_only_count_as_many_elements_do_not_cover(
+    tiling: tuple[tuple[int, ...], list[Box]], data: st.DataObject
+) -> None:
+    """One box takes the place of another one of the same sizes."""
+    shape, tiles = tiling
+    boxes = [box for box in tiles if box.volume]
+    pairs = [(a, b) for a in boxes for b in boxes if a is not b and a.sizes == b.sizes]
+    if pairs:
+        gone, twice = data.draw(st.sampled_from(pairs))
+        assert "overlap" in (coverage_problem(shape, [box for box in boxes if box is not gone] + [twice]) or "")
+
+
+def test_made_up_rectangles_are_judged_soon() -> None:
+    """A grid of three dimensions, and the same grid with a flaw."""
+    boxes = [Box((x, y, z), (1, 1, 1)) for x in range(24) for y in range(24) for z in range(24)]
+    begin = time.process_time()
+    assert coverage_problem((24, 24, 24), boxes) is None
+    assert "overlap" in (coverage_problem((24, 24, 24), [*boxes[1:], boxes[-1]]) or "")
+    assert time.process_time() - begin < 30
+    assert "dimensions are cut" in (coverage_problem((2,) * 12, [Box((0,) * 12, (1,) * 12)]) or "")
 
 
 def read_box(path: Path, name: str, box: Box, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
