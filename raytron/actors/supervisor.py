@@ -83,9 +83,12 @@ class Supervisor:
         return max(POLL_S, len(self.workers) / BEATS_PER_S)
 
     def last_words(self, rank: int = 0) -> None:
-        """Fetches what a rank has recorded to the end. Raises its error, unless it is that the rank is gone."""
+        """Fetches what a rank has recorded to the end, and what a beat under way brings: it is told but once.
+        Raises the rank's error, unless it is that it is gone."""
+        under_way = [self._beats.pop(rank)[0]] if rank in self._beats else []
         try:
-            self.heard(rank, ray.get(self.workers[rank].beat.remote(*self.asks(rank)), timeout=LAST_BEAT_S))
+            for call in (*under_way, self.workers[rank].beat.remote(*self.asks(rank))):
+                self.heard(rank, ray.get(call, timeout=LAST_BEAT_S))
         except ray.exceptions.GetTimeoutError:
             return
         except Exception as error:
