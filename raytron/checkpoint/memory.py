@@ -170,6 +170,11 @@ class Replicas:
         """Of this rank's part of the state, in one segment."""
         return self._files[0].data_bytes if self._files else 0
 
+    @property
+    def newest(self) -> Path:
+        """The segment that was written last; needs `every`."""
+        return self._files[-1].path
+
     def due(self, step: int) -> bool:
         """Whether a segment is to be written at a committed step."""
         return bool(self.every) and step % int(self.every or 1) == 0 and step != self.step

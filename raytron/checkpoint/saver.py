@@ -173,6 +173,11 @@ class Saver:
         return self._jobs[0].phase if self._jobs else Phase.IDLE
 
     @property
+    def step(self) -> int | None:
+        """Of the save under way; None: there is none."""
+        return self._jobs[0].step if self._jobs else None
+
+    @property
     def busy(self) -> bool:
         """Whether this rank's thread is at work."""
         return any(job.task is not None and not job.task.done for job in self._jobs)

@@ -342,6 +342,7 @@ class Trainer:
         """
         self.settle_saves()
         self._check(generation.facts)
+        self.hook("load")
         with self.engine.changing():
             facts = gather.load(self.state(), generation, node, fetch, self.mesh.control)
             self._go_on(facts)

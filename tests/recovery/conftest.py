@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from fault_runs import SMALL, Told, configured, told
+from fault_runs import SMALL, Told, configured, ledger_of, told
 
 from raytron.actors.controller import Seams
 from raytron.actors.run import Run, launch, tokenize
 from raytron.config import load
 from raytron.testing.faults import Faults
+from raytron.testing.ledger import Ledger
+from raytron.training.open import open_trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n"
 
@@ -29,19 +33,24 @@ def corpus_dataset(local_ray, tmp_path_factory):
 
 @pytest.fixture
 def begin(corpus_dataset, tmp_path):
-    """Launches runs with faults, `begin("kill rank 1 in the forward of step 3", steps=9)`, and ends them with the test."""
+    """Launches runs with faults, `begin("kill rank 1 in the forward of step 3", steps=9)`, and ends them with the test.
+    Then nothing may be left of them: no actor, no memory."""
     runs: list[Run] = []
 
     def launched(*faults: str, **changes: Any) -> Run:
-        number = len(runs)
-        name = f"{tmp_path.name.replace('_', '-')}-{number}"
-        config = configured(corpus_dataset, tmp_path / f"run-{number}", name, **changes)
-        runs.append(launch(config, seams=Seams(open_trainer=Faults(faults, tmp_path / f"faults-{number}"))))
+        number, name = len(runs), tmp_path.name.replace("_", "-")
+        run_dir = Path(changes.pop("run_dir", tmp_path / f"run-{number}"))
+        config = configured(corpus_dataset, run_dir, f"{name}-{run_dir.name}", **changes)
+        faulty = Faults(faults, tmp_path / f"faults-{number}")
+        runs.append(launch(config, seams=Seams(open_trainer=Ledger(faulty, ledger_of(run_dir)))))
         return runs[-1]
 
     yield launched
     for run in runs:
+        over = run._outcome is not None
         run.close()
+        if over:
+            nothing_left_of(run.name)
 
 
 @pytest.fixture(scope="session")
@@ -53,16 +62,21 @@ def undisturbed(corpus_dataset, tmp_path_factory):
         key = repr(sorted(changes.items()))
         if key not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
-            run = launch(configured(corpus_dataset, folder / "run", folder.name, **changes))
+            config = configured(corpus_dataset, folder / "run", folder.name, **changes)
+            run = launch(config, seams=Seams(open_trainer=Ledger(open_trainer, ledger_of(folder / "run"))))
             known[key] = told(run, run.wait(timeout_s=120))
         return known[key]
 
     return run_once
 
 
-@pytest.fixture(scope="session", autouse=True)
-def nothing_left(local_ray):
-    """After the last test of this folder no actor of a run is left."""
-    yield
-    left = [actor["name"] for actor in ray.util.list_named_actors(True) if actor["namespace"] == "raytron"]
-    assert not left
+def nothing_left_of(name: str, timeout_s: float = 15.0) -> None:
+    """Actors and folders in memory go within seconds."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        actors = [actor["name"] for actor in ray.util.list_named_actors(True) if name in actor["name"]]
+        folders = list(Path("/dev/shm").glob(f"raytron-{name}-*"))
+        if not actors and not folders:
+            return
+        assert time.monotonic() < deadline, (actors, folders)
+        time.sleep(0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from raytron.checkpoint.whole import read_whole
 from raytron.config import RunConfig, load
 from raytron.observe.records import Record
 from raytron.observe.result import Result
+from raytron.testing.ledger import committed
 
 SMALL: dict[str, Any] = {
     "steps": 8,
@@ -33,6 +35,7 @@ class Told(NamedTuple):
     result: Result
     events: list[Record]
     weights: dict[str, np.ndarray]
+    samples: Counter[int]  # how often each was trained on in a committed step
 
     def all(self, kind: str) -> list[Record]:
         return [record for record in self.events if record["event"] == kind]
@@ -42,11 +45,15 @@ def told(run: Run, result: Result) -> Told:
     """The story of a run that is over, and its final weights."""
     assert result.checkpoint is not None
     weights = {name: tensor.numpy() for name, tensor in read_whole(find(result.checkpoint)).items()}
-    return Told(result, run.events(), weights)
+    return Told(result, run.events(), weights, committed(ledger_of(run.run_dir), run.events()))
+
+
+def ledger_of(run_dir: Path) -> Path:
+    return run_dir / "ledger"
 
 
 def assert_same_end(run: Told, undisturbed: Told) -> None:
-    """Losses, weights and moments to the bit, and one record for each step."""
+    """Losses, weights and moments to the bit, one record for each step, and each sample used once."""
     assert [record["step"] for record in run.result.metrics] == [
         record["step"] for record in undisturbed.result.metrics
     ]
@@ -54,6 +61,7 @@ def assert_same_end(run: Told, undisturbed: Told) -> None:
     assert run.weights.keys() == undisturbed.weights.keys()
     differing = [name for name, values in run.weights.items() if not np.array_equal(values, undisturbed.weights[name])]
     assert not differing
+    assert run.samples == Counter(range(SMALL["global_batch_size"] * undisturbed.result.step))
 
 
 def configured(dataset: Path, run_dir: Path, name: str, **changes: Any) -> RunConfig:
