@@ -1,0 +1,290 @@
+"""Seconds that a run needs to come back, beside Ray Train: python benchmarks/recovery.py --trials 20
+
+    fault ──── see ────► lost ──── remesh ────► workers ──► first step after it
+      └────────────────────────── resume ───────────────────────►┘
+
+Every figure is of faults that happen inside one run, of two data-parallel workers, one after another with steps of half a
+second between them, so that spares are ready again. Faults are those of `raytron.testing.faults`: rank 0 or 1 in the
+forward of a step, by turns. Ray Train's `TorchTrainer` trains a plain DDP model of the same size on the same machine, saves
+a checkpoint every few steps, and loses a worker by SIGKILL at the same steps; `FailureConfig(max_failures=-1)` restarts it.
+
+`constants` are those that benchmarks/goodput.py simulates a fleet with; a notice is answered by a re-mesh on command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from context import context, write
+from plain import PlainLlama
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer, prepare_model
+
+from raytron.actors.controller import Seams
+from raytron.actors.run import Run, launch, tokenize
+from raytron.config import RunConfig, load
+from raytron.observe.records import Record, read_records
+from raytron.testing.faults import Faults
+from raytron.testing.ledger import Ledger
+
+FIRST, APART = 8, 12  # the step of the first fault, and steps between two
+SAVED_EVERY = 5  # steps between checkpoints of Ray Train's run, and of Raytron's
+STEP_S = 0.5  # that every step takes at least
+REMESHES = ({"mesh.dp": 1}, {"mesh.dp": 2})
+TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n"
+MODEL = {"layers": 2, "hidden": 64, "heads": 2, "ffn": 128, "vocab": 300}
+
+
+def configured(folder: Path, steps: int, **changes: Any) -> RunConfig:
+    made: dict[str, Any] = {
+        "steps": steps,
+        "run_dir": str(folder / "data"),
+        "global_batch_size": 4,
+        "micro_batch_size": 1,
+        "sequence_length": 32,
+        "determinism": "canonical",
+        "model": MODEL,
+        "mesh": {"dp": 2},
+        "checkpoint": {"every": SAVED_EVERY},
+        "evaluate": {"batches": 0},
+        "recovery": {"max_restarts": 100_000},
+        "cluster": {"cpus_per_worker": 0.5, "timeout_s": 60, "device": "cpu", "threads_per_worker": 1},
+        "data": {"sources": [str(folder / "corpus")], "validation_fraction": 0.2, "tokenizer": {"vocab": 300}},
+    }
+    return load(made).replace(**changes)
+
+
+def prepare(folder: Path) -> Path:
+    (folder / "corpus").mkdir()
+    for number in range(24):
+        text = f"document {number}\n" + TEXT * (number % 5 + 3)
+        (folder / "corpus" / f"{number}.txt").write_text(text, encoding="utf-8")
+    return tokenize(configured(folder, 1), lambda fraction, message: None)
+
+
+# ---- Raytron
+
+
+def faulty_run(folder: Path, dataset: Path, name: str, verb: str, trials: int, spares: int) -> dict[str, Any]:
+    """One run with a fault every APART steps; how long it took to come back from each."""
+    steps = [FIRST + APART * trial for trial in range(trials)]
+    sentences = [f"{verb} rank {(trial + 1) % 2} in the forward of step {step}" for trial, step in enumerate(steps)]
+    faults = Faults([*sentences, "slow rank 0 in every forward"], folder / f"account-{name}")
+    own = {"name": f"recovery-{name}", "run_dir": str(folder / name), "data.dataset": str(dataset), "data.sources": []}
+    config = configured(folder, steps[-1] + 4, **own, **{"recovery.spares": spares})
+    drawn = folder / f"ledger-{name}"
+    run = launch(config, seams=Seams(open_trainer=Ledger(faults, drawn)))
+    try:
+        run.wait()
+        events = run.events()
+    finally:
+        run.close()
+    lines = [line for path in drawn.glob("*.jsonl") for line in read_records(path)]
+    began = sorted((line["time"], line["step"]) for line in lines)
+    ends = [*(faults.when(trial) for trial in range(1, trials)), math.inf]
+    return summary(
+        [came_back(faults.when(trial), ends[trial], step, events, began) for trial, step in enumerate(steps)]
+    )
+
+
+def came_back(
+    fault: float, end: float, step: int, events: Sequence[Record], began: Sequence[tuple[float, int]]
+) -> dict[str, float]:
+    """The way back from one fault in some step, in seconds. began: of each step of each rank."""
+    after = [event for event in events if fault <= event["time"] < end]
+    lost = next(event for event in after if event["event"] == "lost")
+    ready = next(event for event in after if event["event"] == "workers")
+    resumed = min(at for at, number in began if at >= ready["time"] - 0.001)
+    return {
+        "see_s": lost["time"] - fault,
+        "remesh_s": ready["time"] - lost["time"],
+        "gather_s": ready["gather_s"],
+        "restore_s": ready["build_s"],
+        "resume_s": resumed - fault,
+        "redone_steps": step - 1 - ready["step"],
+    }
+
+
+def remeshed_run(folder: Path, dataset: Path, trials: int) -> dict[str, Any]:
+    """Another mesh on command, there and back."""
+    own = {
+        "name": "recovery-remesh",
+        "run_dir": str(folder / "remesh"),
+        "data.dataset": str(dataset),
+        "data.sources": [],
+    }
+    faults = Faults(["slow rank 0 in every forward"], folder / "account-remesh")
+    run = launch(configured(folder, 100_000, **own), seams=Seams(open_trainer=faults))
+    found = []
+    try:
+        reach(run, 3)
+        for trial in range(trials):
+            known = len(built(run))
+            asked = time.time()
+            run.remesh(**REMESHES[trial % 2])
+            while len(built(run)) == known:
+                time.sleep(0.02)
+            ready = built(run)[-1]
+            mesh = [event for event in run.events() if event["event"] == "mesh"][-1]
+            found.append(
+                {
+                    "see_s": mesh["time"] - asked,
+                    "remesh_s": ready["time"] - mesh["time"],
+                    "restore_s": ready["build_s"],
+                    "redone_steps": mesh["step"] - ready["step"],
+                }
+            )
+            reach(run, ready["step"] + 3)
+    finally:
+        run.close()
+    return summary(found)
+
+
+def built(run: Run) -> list[Record]:
+    return [event for event in run.events() if event["event"] == "workers"]
+
+
+def reach(run: Run, step: int) -> None:
+    while run.status()["step"] < step:
+        time.sleep(0.05)
+
+
+# ---- Ray Train
+
+
+def train_loop(given: dict[str, Any]) -> None:
+    """What one worker of Ray Train does: a plain DDP loop from the newest checkpoint on, which kills itself by plan."""
+    config, folder = load(given["config"]), Path(given["folder"])
+    rank = ray.train.get_context().get_world_rank()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = prepare_model(PlainLlama(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr.peak)
+    first, newest = 1, ray.train.get_checkpoint()
+    if newest is not None:
+        with newest.as_directory() as place:
+            state = torch.load(Path(place) / "state.pt")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"] + 1
+    rng = torch.Generator().manual_seed(rank)
+    for step in range(first, config.steps + 1):
+        with (folder / f"began-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps({"time": time.time(), "step": step, "pid": os.getpid()}) + "\n")
+        mark = folder / f"killed-{step}"
+        if given["kills"].get(str(step)) == rank and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        tokens = torch.randint(0, config.model.vocab, (2, config.sequence_length + 1), generator=rng)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        time.sleep(STEP_S if rank == 0 else 0)
+        if step % SAVED_EVERY == 0:
+            save(step, model, optimizer, rank)
+
+
+def save(step: int, model: Any, optimizer: Any, rank: int) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        checkpoint = None
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            torch.save(state, Path(place) / "state.pt")
+            checkpoint = Checkpoint.from_directory(place)
+        ray.train.report({"step": step}, checkpoint=checkpoint)
+
+
+def ray_train_run(folder: Path, trials: int) -> dict[str, Any]:
+    """The same kills under Ray Train; from each to the begin of the first step after the restart."""
+    steps = [FIRST + APART * trial for trial in range(trials)]
+    config = {"steps": steps[-1] + 4, "sequence_length": 32, "model": MODEL}
+    kills = {str(step): (trial + 1) % 2 for trial, step in enumerate(steps)}
+    folder.mkdir()
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"config": config, "kills": kills, "folder": str(folder)},
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=RayRunConfig(
+            name="peer",
+            storage_path=str(folder / "storage"),
+            failure_config=FailureConfig(max_failures=-1),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    trainer.fit()
+    lines = [line for path in folder.glob("began-*.jsonl") for line in read_records(path)]
+    found = []
+    for step in steps:
+        killed = (folder / f"killed-{step}").stat().st_mtime
+        before = {line["pid"] for line in lines if line["time"] <= killed}
+        first = min((line for line in lines if line["pid"] not in before), key=lambda line: line["time"])
+        found.append({"resume_s": first["time"] - killed, "redone_steps": step - first["step"]})
+    return summary(found)
+
+
+# ---- what is told
+
+
+def summary(found: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """For each figure its 50th and 95th percentile."""
+    values = {key: sorted(each[key] for each in found) for key in found[0]}
+    return {"trials": len(found)} | {
+        key: {"p50": round(at(told, 0.50), 3), "p95": round(at(told, 0.95), 3)} for key, told in values.items()
+    }
+
+
+def at(ordered: Sequence[float], share: float) -> float:
+    """The smallest value that `share` of all do not exceed."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--without-ray-train", action="store_true")
+    arguments = parser.parse_args()
+    trials, started = arguments.trials, os.getloadavg()[0]
+    ray.init(
+        address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+        _system_config={"preload_python_modules": ["torch"]},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        dataset = prepare(folder)
+        runs = {
+            "SIGKILL, with a spare": faulty_run(folder, dataset, "kill", "kill", trials, 2),
+            "SIGKILL, without spares": faulty_run(folder, dataset, "cold", "kill", trials, 0),
+            "SIGSTOP, with a spare": faulty_run(folder, dataset, "stop", "stop", trials, 2),
+            "another mesh on command": remeshed_run(folder, dataset, trials),
+        }
+        if not arguments.without_ray_train:
+            runs["Ray Train, SIGKILL"] = ray_train_run(folder / "peer", trials)
+    ray.shutdown()
+    result: dict[str, Any] = {"context": context(load_average_before=round(started, 2)), "runs": runs}
+    kill = runs["SIGKILL, with a spare"]
+    if "Ray Train, SIGKILL" in runs:
+        peer = runs["Ray Train, SIGKILL"]["resume_s"]["p50"]
+        result["ratio_to_ray_train"] = {name: round(peer / runs[name]["resume_s"]["p50"], 2) for name in list(runs)[:2]}
+    result["constants"] = {
+        "loss_s": kill["resume_s"]["p50"],
+        "grow_s": runs["another mesh on command"]["remesh_s"]["p50"],
+        "notice_s": runs["another mesh on command"]["remesh_s"]["p50"],
+    }
+    write("recovery", result)
+
+
+if __name__ == "__main__":
+    main()
