@@ -53,7 +53,7 @@ def train(rank: int, config: RunConfig, steps: int, bad: int | None, at_once: bo
         lr = learning_rate(config.lr, config.lr_horizon, step)
         results.append(late.step(batch, lr) if at_once else engine.step(batch, lr))
     results.append(late.settle())
-    known = [result._replace(noise=None) for result in results if result is not None]
+    known = [result._replace(noise=None, own=0) for result in results if result is not None]  # own: of runs that wait
     return known, pieces(engine.optimizer.state()), engine.optimizer.updates
 
 
