@@ -292,6 +292,7 @@ class GuardConfig:
     rollback_steps: int = 20  # to go back at least
     max_skipped: int = 20  # steps skipped in a row, for one of these causes, before the run stops
     straggler_ratio: float | None = 1.5  # times as long as its peers a rank is busy to be called slow; None: none is
+    evict_stragglers: bool = False  # whether slow ranks are replaced, or only told of
     digest_every: int | None = 100  # steps between comparisons of replicas' parameters, to the bit; None: never
 
 
@@ -323,6 +324,9 @@ class RecoveryConfig:
     memory_every: int | None = 1  # steps between copies of the state in (other nodes') host memory; None: no copies
     spares: int = 0  # workers that wait, started, to take a lost one's place
     heartbeat_s: float = 4.0  # a worker that does not answer for longer counts as lost
+    notices: Literal["auto", "none", "ec2", "gce", "azure"] = (
+        "auto"  # whose word is heard that a machine will be taken away
+    )
     max_restarts: int = 20  # losses within window_s before the run gives up; preempted machines don't count
     window_s: float = 3600.0
 

@@ -30,6 +30,7 @@ from raytron.actors.chronicle import Chronicle, News
 from raytron.actors.cluster import survey
 from raytron.actors.control import control
 from raytron.actors.gang import Gang, failed
+from raytron.actors.health import Health
 from raytron.actors.moves import Moves, Wanted
 from raytron.actors.patience import Patience
 from raytron.actors.recovery import WorkersLost
@@ -83,7 +84,8 @@ class Controller:
         self.chronicle = Chronicle(config, self.directory)
         self.patience = Patience(config.cluster.timeout_s, config.recovery.heartbeat_s)
         self.budget = Budget(config.recovery.max_restarts, config.recovery.window_s)
-        self.memory = Memory(config.name, config.recovery.memory_every, self._say)
+        self.memory = Memory(config.name, config.recovery, self._say)
+        self.health = Health(config.guard, self._say)
         self._phase, self._asked = "starting", Request.NONE
         self._plan: Plan | None = None
         self._wanted: Wanted | None = None  # the plan to go on with
@@ -181,6 +183,7 @@ class Controller:
             self._choose_at = self._step + MEASURED[1] if asked is None else asked[1]
         self._rewind(self._step)
         self.patience.begin()
+        self.health.begin(plan, self._step, {rank: facts.host for rank, facts in gang.facts.items()})
         self._tell_built(plan, gang, source, gather_s=found - start, build_s=time.monotonic() - found)
 
     def _orders(self, rank: int, data: Dataset, source: Source) -> Orders:
@@ -193,7 +196,7 @@ class Controller:
         folder = Path(self.memory.folders[node]) if self.memory.on else None
         return Orders(
             plan, rank, self._epoch, where, data.path, path, gang.device, gang.neighbours(rank), node, folder,
-            self.memory.keepers, tuple(sorted(self._skip)),
+            self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)),
         )  # fmt: skip
 
     def _tell_built(self, plan: Plan, gang: Gang, source: Source, **seconds: float) -> None:
@@ -228,6 +231,7 @@ class Controller:
             self._enter("training")
             reached = self._together("run", lambda rank: (self._next_stop(),), patience.STEP)[0]
             self._step, asked = reached.step, Request(reached.request)
+            self._treat()
             self._asked &= ~asked | Request.STOP
             ended = self._step >= config.steps
             stops = ended or bool(self._asked & Request.STOP)
@@ -438,13 +442,21 @@ class Controller:
         return answers
 
     def _look(self) -> None:
-        """While ranks train: whether the mesh has to change, or may."""
+        """While ranks train: whether one is sick, and whether the mesh has to change, or may."""
+        self._treat()
         assert self._moves is not None
         assert self._plan is not None
         if self._wanted is None and (wanted := self._moves.look(self._plan)) is not None:
             self._want(wanted)
         assert self._gang is not None
         self.memory.greet({member.facts.node_id for member in self._gang.ready if member.facts is not None})
+
+    def _treat(self) -> None:
+        """Raises WorkersLost where a rank is sick, or steps have to be done again to tell which is."""
+        sick = self.health.take()
+        if sick is not None:
+            self._back_to = sick.back_to
+            raise WorkersLost(sick.ranks, sick.why)
 
     def _want(self, wanted: Wanted) -> None:
         """Another plan, from the next step on."""
@@ -462,6 +474,7 @@ class Controller:
 
     def _heard(self, rank: int, beat: Beat) -> None:
         self._hear(beat.records)
+        self.health.busy(rank, beat.busy)
         for report in beat.reports:
             self._reported(report)
 
@@ -471,6 +484,7 @@ class Controller:
             if record["step"] > self._recorded:
                 self._recorded = int(record["step"])
                 self.patience.saw(patience.STEP, record["step_time_s"])
+                self.health.record(record)
                 rate = self._mfu(record)
                 self.chronicle.record(record if rate is None else {**record, "mfu": rate})
                 if "rerun" in record:

@@ -22,6 +22,10 @@ from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytron.actors.cluster import NAMESPACE
+from raytron.actors.control import control
+from raytron.actors.drain import listen
+from raytron.actors.metadata import Kind
+from raytron.actors.notices import Watcher
 from raytron.checkpoint import folder as folders
 from raytron.checkpoint.copies import Follower, Found, News, piece
 from raytron.checkpoint.files import is_plain_name
@@ -60,12 +64,19 @@ class Keeper:
         self._lock = threading.Lock()
         self._news: News | None = None
         self._follower: Follower | None = None
+        self._watcher: Watcher | None = None
         folders.sweep(self.folder.parent)
         folders.use(self.folder)
 
     def place(self) -> Place:
         """The name of its node, and the folder in which the ranks there write."""
         return Place(self.node, str(self.folder))
+
+    @control
+    def listen(self, kind: Kind) -> None:
+        """From here on tells Ray of what this node's cloud says about its end."""
+        if kind != "none" and self._watcher is None:
+            self._watcher = listen(kind, self.node)
 
     # ---- after a loss
 
@@ -143,6 +154,8 @@ class Keeper:
 
     def close(self) -> None:
         """The run is over: the folder goes."""
+        if self._watcher is not None:
+            self._watcher.close(timeout_s=0)
         self.unfollow()
         with self._lock:
             self._end_offer(leave=True)

@@ -17,6 +17,7 @@ import ray
 
 from raytron.actors import keeper
 from raytron.checkpoint.sources import Held, MemoryGeneration, choose
+from raytron.config import RecoveryConfig
 from raytron.errors import ClusterError
 
 ANSWER_S = 20.0  # for a keeper to read all that it holds
@@ -27,10 +28,10 @@ Say = Callable[..., None]  # (kind of event, message, **facts)
 
 
 class Memory:
-    """The keepers of a run, one on each of its nodes. every: steps between segments; None: there is no such tier."""
+    """The keepers of a run, one on each of its nodes. Without `recovery.memory_every` there are none."""
 
-    def __init__(self, run: str, every: int | None, say: Say):
-        self.run, self.every, self.say = f"{run}-{secrets.token_hex(4)}", every, say
+    def __init__(self, run: str, config: RecoveryConfig, say: Say):
+        self.run, self.config, self.say = f"{run}-{secrets.token_hex(4)}", config, say
         self.keepers: dict[str, Any] = {}  # by node id
         self.folders: dict[str, str] = {}
         self._starting: dict[str, tuple[Any, Any]] = {}  # keepers, and the calls that say where they keep
@@ -38,7 +39,7 @@ class Memory:
 
     @property
     def on(self) -> bool:
-        return self.every is not None
+        return self.config.memory_every is not None
 
     def prepare(self, epoch: int, world: int, nodes: Collection[str]) -> None:
         """Before the ranks of an epoch are built on some nodes: a keeper on each, following the one before it in a ring."""
@@ -62,6 +63,7 @@ class Memory:
             if self.on and node not in self.keepers and node not in self._starting:
                 actor = keeper.spawn(self.run, node)
                 self._starting[node] = actor, actor.place.remote()
+                actor.listen.remote(self.config.notices)
 
     def newest(self, up_to: int) -> MemoryGeneration | None:
         """The newest whole step of at most `up_to`; what was passed over is told."""

@@ -39,6 +39,7 @@ from raytron.actors.versions import Versions, versions
 from raytron.checkpoint.gather import Fetch
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.errors import CheckpointError, GuardError, WorkerError
+from raytron.observe.busy import Busy, BusyClock
 from raytron.observe.records import Record
 from raytron.parallel.mesh import Mesh, close_world, open_world
 from raytron.plan.mesh import MeshShape
@@ -69,6 +70,8 @@ class TrainerLike(Protocol):
     """What a worker asks of a trainer; `raytron.training.trainer.Trainer` is the one, tests bring another."""
 
     step: int
+    retrace: bool
+    clock: BusyClock
 
     def train_step(self, request: int = 0) -> Record | None: ...
     def settle(self) -> Record | None: ...
@@ -116,6 +119,7 @@ class Orders:
     node: str  # the id of the node of this rank
     folder: Path | None  # where its segments go; None: it writes none
     keepers: Mapping[str, Any]  # the way to segments on other nodes, by their ids
+    retrace: bool  # whether comparisons of replicas tell of each rank's own gradients, too
     skip: tuple[int, ...]  # steps that use up their samples and change nothing: those that the run was rolled back for
 
 
@@ -128,6 +132,7 @@ class Beat(NamedTuple):
     waits: bool
     records: list[Record]  # of rank 0: the steps that the controller does not know yet
     reports: list[Record]  # of rank 0: how checkpoints have ended
+    busy: list[Busy]  # for how long it worked in its newest steps
 
 
 class Built(NamedTuple):
@@ -199,6 +204,7 @@ class Worker:
             with self._telling(f"loading {orders.generation.name}"):
                 trainer.load(orders.generation)
         trainer.skip(orders.skip)
+        trainer.retrace = orders.retrace
         problem = self._open_replicas(trainer, orders)
         self._trainer = trainer
         return Built(trainer.step, problem)
@@ -295,7 +301,10 @@ class Worker:
         seconds = 0.0 if self._doing == IDLE else time.monotonic() - self._since
         first = self.rank == 0
         reports = self._trainer.reports() if first and self._trainer is not None else []
-        return Beat(step, self._doing, seconds, self._waits(), list(self._records) if first else [], reports)
+        busy = (
+            [each for each in list(self._trainer.clock.seen) if each.step > after] if self._trainer is not None else []
+        )
+        return Beat(step, self._doing, seconds, self._waits(), list(self._records) if first else [], reports, busy)
 
     @control
     def end(self, pid: int) -> None:
