@@ -80,7 +80,7 @@ class Controller:
         if Path(place).is_dir():
             os.chdir(place)
         self.config, self.seams = config, seams or Seams()
-        self.directory = RunDirectory(Path(config.run_dir))
+        self.directory = RunDirectory.of(config)
         self.chronicle = Chronicle(config, self.directory)
         self.patience = Patience(config.cluster.timeout_s, config.recovery.heartbeat_s)
         self.budget = Budget(config.recovery.max_restarts, config.recovery.window_s)

@@ -272,7 +272,7 @@ def preflight(config: RunConfig) -> RunConfig:
 
 def completed(config: RunConfig) -> Result | None:
     """The result of a run that has nothing left to do; None where there is something."""
-    newest = RunDirectory(Path(config.run_dir)).newest()
+    newest = RunDirectory.of(config).newest()
     if newest is None or newest.step < config.steps:
         return None
     return read_result(config.name, config.run_dir, config.steps, str(newest.path), newest.step)
