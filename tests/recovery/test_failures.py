@@ -50,7 +50,7 @@ def test_a_number_that_was_bad_once_leaves_no_trace(begin, undisturbed):
     story = told(run, run.wait(timeout_s=WAIT_S))
     assert_same_end(story, undisturbed(**WHOLE))
     (said,) = story.all("guard")
-    assert "a transient fault on rank 1" in said["message"]
+    assert "a transient fault" in said["message"]
 
 
 def test_a_step_whose_numbers_are_bad_each_time_is_skipped_and_counted(begin):
