@@ -572,6 +572,13 @@ class Controller:
         return {calls[call]: ray.get(call) for call in done if not failed(call)}
 
     @control
+    def clear(self) -> None:
+        """Ends all workers and keepers, and what they have in memory, at once: this run is given up."""
+        if self._gang is not None:
+            self._gang.close()
+        self.memory.close()
+
+    @control
     def outcome(self) -> Result | Exception | None:
         """How the run ended; None: it goes on."""
         return self._outcome

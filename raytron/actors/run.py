@@ -42,6 +42,7 @@ from raytron.plan.plan import make_plan
 from raytron.rules import problems
 from raytron.training.run_directory import RunDirectory, occupied, settle
 
+CLEAR_S = 5.0  # for a run that is given up to end its workers
 FOLLOW_S = 0.4  # between two looks at a run
 RELEASE_S = 10.0  # for the name of a run that is over to be free again
 HOME = Path("runs")  # where a run directory is looked for by the name of the run
@@ -206,6 +207,9 @@ class Run:
             return
         self._closed = True
         if self._owner and ray.is_initialized():
+            with contextlib.suppress(Exception):
+                if self._outcome is None:
+                    ray.get(self._controller.clear.remote(), timeout=CLEAR_S)
             with contextlib.suppress(Exception):
                 ray.kill(self._controller)
             RunDirectory(self.run_dir).write_controller(None)
