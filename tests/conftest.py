@@ -25,6 +25,19 @@ def world() -> Iterator[World]:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """A Ray of the tests' own, with room for a few workers."""
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def local_ray_again(request: pytest.FixtureRequest) -> None:
+    """Starts it anew where a test before had to end it, for one of its own."""
+    if "local_ray" in request.fixturenames and not ray.is_initialized():
+        start_ray()
+
+
+def start_ray() -> None:
     ray.init(
         address="local",
         num_cpus=4,
@@ -34,5 +47,3 @@ def local_ray() -> Iterator[None]:
         logging_level=logging.ERROR,
         _system_config={"worker_niceness": 0, "preload_python_modules": ["torch"]},
     )
-    yield
-    ray.shutdown()
