@@ -171,7 +171,7 @@ def count_reductions(rank: int, config: RunConfig) -> list[int]:
         counts[engine.buckets.buckets.index(bucket)] += 1
 
     for bucket in engine.buckets.buckets:
-        bucket.before_reduce = count
+        bucket.observers.append(count)
     engine.forward_backward(batch_of(config, 0, mesh.coords.dp, mesh.shape.dp))
     return counts
 
