@@ -11,7 +11,7 @@ from pathlib import Path
 import raytron
 from raytron.observe.timeline import draw
 
-SMALL = ["data.max_mb=2", "data.tokenizer.train_mb=1", "global_batch_size=8", "sequence_length=64"]
+SMALL = ["data.max_mb=2", "data.tokenizer.train_mb=1", "sequence_length=64"]
 
 
 def main() -> None:
