@@ -58,14 +58,14 @@ def measure(rank: int, config: RunConfig, rounds: int) -> tuple[int, list[float]
     shape = (LENGTH, 1, MODEL["hidden"])
     runs, loops, walls = [], [], []
     for _ in range(rounds):
-        engine.buckets.begin(8)
+        engine.buckets.begin(8, config.deal())
         torch.distributed.barrier()
         start, begin = time.perf_counter(), time.process_time()
         engine.pipeline.run(shape, torch.float32, 1.0)
         runs.append(time.process_time() - begin)
         walls.append(time.perf_counter() - start)
         engine.buckets.finish()
-        engine.buckets.begin(8)
+        engine.buckets.begin(8, config.deal())
         begin = time.process_time()
         plain(engine, 8)
         loops.append(time.process_time() - begin)

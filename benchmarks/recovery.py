@@ -8,7 +8,10 @@ second between them, so that spares are ready again. Faults are those of `raytro
 forward of a step, by turns. Ray Train's `TorchTrainer` trains a plain DDP model of the same size on the same machine, saves
 a checkpoint every few steps, and loses a worker by SIGKILL at the same steps; `FailureConfig(max_failures=-1)` restarts it.
 
-`constants` are those that benchmarks/goodput.py simulates a fleet with; a notice is answered by a re-mesh on command.
+Nodes are those of `ray.cluster_utils`, whose health Ray checks every second: one is killed, or Ray is told that it will
+leave; a spare waits on another one, and a new node takes the lost one's place.
+
+`constants` are those that benchmarks/goodput.py simulates a fleet with.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ import ray
 import torch
 from context import context, write
 from plain import PlainLlama
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer, prepare_model
@@ -92,11 +97,9 @@ def faulty_run(folder: Path, dataset: Path, name: str, verb: str, trials: int, s
         events = run.events()
     finally:
         run.close()
-    lines = [line for path in drawn.glob("*.jsonl") for line in read_records(path)]
-    began = sorted((line["time"], line["step"]) for line in lines)
-    ends = [*(faults.when(trial) for trial in range(1, trials)), math.inf]
+    ends, starts = [*(faults.when(trial) for trial in range(1, trials)), math.inf], began(drawn)
     return summary(
-        [came_back(faults.when(trial), ends[trial], step, events, began) for trial, step in enumerate(steps)]
+        [came_back(faults.when(trial), ends[trial], step, events, starts) for trial, step in enumerate(steps)]
     )
 
 
@@ -160,6 +163,78 @@ def built(run: Run) -> list[Record]:
 def reach(run: Run, step: int) -> None:
     while run.status()["step"] < step:
         time.sleep(0.05)
+
+
+# ---- nodes
+
+HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}
+DRAIN_PREEMPTION = 2  # what Ray calls the reason
+NOTICE_S = 30
+
+
+def fleet_run(folder: Path, dataset: Path, what: str, trials: int) -> dict[str, Any]:
+    """Nodes are lost (`kill`), or leave with a notice (`drain`), one after another."""
+    system = {**HEALTH, "worker_niceness": 0, "preload_python_modules": ["torch"]}
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": system}
+    )
+    nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in range(3))}
+    own = {"name": f"recovery-{what}", "run_dir": str(folder / what), "data.dataset": str(dataset), "data.sources": []}
+    own |= {"cluster.address": cluster.address, "cluster.cpus_per_worker": 1, "recovery.spares": 1}
+    faults, drawn = Faults(["slow rank 0 in every forward"], folder / f"account-{what}"), folder / f"ledger-{what}"
+    run = launch(configured(folder, 100_000, **own), seams=Seams(open_trainer=Ledger(faults, drawn)))
+    found = []
+    try:
+        for _ in range(trials):
+            while run.status()["spares"] < 1:
+                time.sleep(0.1)
+            reach(run, run.status()["step"] + 3)
+            known, victim = len(built(run)), nodes.pop(built(run)[-1]["nodes"]["1"])
+            step, fault = run.status()["step"] + 1, time.time()
+            if what == "drain":
+                deadline_ms = int((fault + NOTICE_S) * 1000)
+                GcsClient(address=cluster.address).drain_node(victim.node_id, DRAIN_PREEMPTION, "taken", deadline_ms)
+            else:
+                cluster.remove_node(victim, allow_graceful=False)
+            while len(built(run)) == known:
+                time.sleep(0.05)
+            reach(run, built(run)[-1]["step"] + 2)
+            found.append(left_node(fault, step, what, run.events(), began(drawn)))
+            if what == "drain":
+                cluster.remove_node(victim)
+            node = cluster.add_node(num_cpus=1)
+            nodes[node.node_id] = node
+    finally:
+        run.close()
+        ray.shutdown()
+        cluster.shutdown()
+    return summary(found)
+
+
+def left_node(
+    fault: float, step: int, what: str, events: Sequence[Record], began: Sequence[tuple[float, int]]
+) -> dict[str, float]:
+    """As `came_back`; after a notice `stall_s` is what training stood still for."""
+    after = [event for event in events if event["time"] >= fault]
+    if what == "kill":
+        return came_back(fault, math.inf, step, events, began)
+    seen = next(event for event in after if event["event"] == "notice")
+    mesh = next(event for event in after if event["event"] == "mesh")
+    ready = next(event for event in after if event["event"] == "workers")
+    resumed = min(at for at, _ in began if at >= ready["time"] - 0.001)
+    return {
+        "see_s": seen["time"] - fault,
+        "remesh_s": ready["time"] - mesh["time"],
+        "stall_s": resumed - mesh["time"],
+        "resume_s": resumed - fault,
+        "redone_steps": mesh["step"] - ready["step"],
+    }
+
+
+def began(drawn: Path) -> list[tuple[float, int]]:
+    """When each rank began each step, in order."""
+    lines = [line for path in drawn.glob("*.jsonl") for line in read_records(path)]
+    return sorted((line["time"], line["step"]) for line in lines)
 
 
 # ---- Ray Train
@@ -272,7 +347,9 @@ def main() -> None:
         }
         if not arguments.without_ray_train:
             runs["Ray Train, SIGKILL"] = ray_train_run(folder / "peer", trials)
-    ray.shutdown()
+        ray.shutdown()
+        runs["a node is lost, with a spare"] = fleet_run(folder, dataset, "kill", trials)
+        runs["a node leaves with a notice"] = fleet_run(folder, dataset, "drain", trials)
     result: dict[str, Any] = {"context": context(load_average_before=round(started, 2)), "runs": runs}
     kill = runs["SIGKILL, with a spare"]
     if "Ray Train, SIGKILL" in runs:
@@ -281,7 +358,7 @@ def main() -> None:
     result["constants"] = {
         "loss_s": kill["resume_s"]["p50"],
         "grow_s": runs["another mesh on command"]["remesh_s"]["p50"],
-        "notice_s": runs["another mesh on command"]["remesh_s"]["p50"],
+        "notice_s": runs["a node leaves with a notice"]["stall_s"]["p50"],
     }
     write("recovery", result)
 

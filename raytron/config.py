@@ -324,6 +324,7 @@ class RecoveryConfig:
     memory_every: int | None = 1  # steps between copies of the state in (other nodes') host memory; None: no copies
     spares: int = 0  # workers that wait, started, to take a lost one's place
     heartbeat_s: float = 4.0  # a worker that does not answer for longer counts as lost
+    lease_s: float = 120.0  # workers whose controller is silent for longer end themselves
     notices: Literal["auto", "none", "ec2", "gce", "azure"] = (
         "auto"  # whose word is heard that a machine will be taken away
     )

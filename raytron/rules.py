@@ -133,7 +133,7 @@ RANGES: tuple[Range, ...] = (
     *_at_least(1, "evaluate.every evaluate.prompt_tokens"),
     *_at_least(0, "evaluate.batches recovery.max_restarts recovery.spares elastic.grow_after_s"),
     *_at_least(1, "recovery.memory_every elastic.min_workers elastic.max_workers"),
-    *_more_than_zero("recovery.heartbeat_s recovery.window_s elastic.pays_within_s"),
+    *_more_than_zero("recovery.heartbeat_s recovery.lease_s recovery.window_s elastic.pays_within_s"),
     *_more_than_zero("observe.peak_tflops cluster.cpus_per_worker cluster.timeout_s cluster.placement_timeout_s"),
     *_at_least(1, "cluster.threads_per_worker guard.rollback_steps guard.max_skipped guard.digest_every"),
     *_more_than_zero("guard.spike"),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from raytron.observe.records import JsonLines, Metrics, Record, event
 from raytron.training.run_directory import RunDirectory
 
 HELD = 20_000  # records and events kept for clients; files keep all
+Cursor = tuple[int, int, int]  # which life of the teller, and how many events and records of it are known
+BEGINNING: Cursor = (0, 0, 0)
 GAUGES = {"loss": "nats", "tokens_per_s": "tokens/s", "step_time_s": "s", "grad_norm": ""}
 
 
@@ -26,7 +29,7 @@ class News(NamedTuple):
 
     events: list[Record]
     metrics: list[Record]
-    cursor: tuple[int, int]
+    cursor: Cursor
     over: bool
 
 
@@ -53,6 +56,7 @@ class Chronicle:
         self.name = config.name
         self.last: Record = {}
         self._lock = threading.Lock()
+        self._life = time.time_ns()
         self._events, self._metrics = Log(), Log()
         self._event_file, self._metric_file = JsonLines(directory.events), Metrics(directory.metrics)
         self._gauges = {key: Gauge(f"raytron_{key}", description=f"{key} {unit}".strip(), tag_keys=("run",))
@@ -87,12 +91,18 @@ class Chronicle:
         with self._lock:
             return self._metric_file.rewind(step)
 
-    def since(self, cursor: tuple[int, int], over: bool) -> News:
-        """What happened since a cursor; (0, 0) is the beginning."""
+    @property
+    def last_step(self) -> int:
+        """The newest step in metrics.jsonl, 0 for none."""
+        return self._metric_file.last_step
+
+    def since(self, cursor: Cursor, over: bool) -> News:
+        """What happened since a cursor; that of an earlier life means the beginning of this one."""
+        _, seen_events, seen_metrics = cursor if cursor[0] == self._life else BEGINNING
         with self._lock:
-            events, at = self._events.since(cursor[0])
-            metrics, to = self._metrics.since(cursor[1])
-        return News(events, metrics, (at, to), over)
+            events, at = self._events.since(seen_events)
+            metrics, to = self._metrics.since(seen_metrics)
+        return News(events, metrics, (self._life, at, to), over)
 
     def close(self) -> None:
         if self._board is not None:

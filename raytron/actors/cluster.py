@@ -93,6 +93,11 @@ def follow_auth(mode: str | None) -> None:
         RayConfig.initialize("")
 
 
+def controller_name(run: str) -> str:
+    """The name of a run's controller in the namespace `raytron`."""
+    return f"raytron/{run}"
+
+
 def _knock(address: str) -> None:
     """Raises OSError at once where nothing listens on host:port, for which Ray would wait."""
     host, colon, port = address.rpartition(":")

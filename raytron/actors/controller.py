@@ -5,7 +5,8 @@
                   └───── survivors stay, go on from the newest good state ◄──────────────┘
 
 It holds the rendezvous store (so rank 0 may die), writes metrics.jsonl and events.jsonl, and answers clients in the `ctl`
-group while it works. Its only talk with running workers is twice a second: what happened, and what is asked for.
+group while it works. Its only talk with running workers is twice a second: what happened, and what is asked for. It may die,
+too: Ray starts it again, and it adopts the workers, which have trained on (`raytron.actors.adoption`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from typing import Any
 import ray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from raytron.actors import patience
+from raytron.actors import adoption, patience
 from raytron.actors.budget import Budget, Kind
-from raytron.actors.chronicle import Chronicle, News
+from raytron.actors.chronicle import Chronicle, Cursor, News
 from raytron.actors.cluster import survey
 from raytron.actors.control import control
 from raytron.actors.gang import Gang, failed
@@ -43,7 +44,7 @@ from raytron.config import RunConfig, flatten, to_mapping
 from raytron.data.prepare import ensure_dataset
 from raytron.data.shards import Dataset, open_dataset
 from raytron.errors import CheckpointError, ClusterError, ConfigError, Problem, RaytronError
-from raytron.observe.records import Record
+from raytron.observe.records import Record, read_records
 from raytron.observe.result import Result, read_result
 from raytron.observe.trace import MEASURED
 from raytron.plan.cluster import ClusterShape
@@ -79,6 +80,9 @@ class Controller:
     def __init__(self, config: RunConfig, place: str, seams: Seams | None = None):
         if Path(place).is_dir():
             os.chdir(place)
+        self._again = ray.get_runtime_context().was_current_actor_reconstructed
+        if self._again:  # a re-mesh may have changed it since
+            config = RunDirectory.of(config).stored() or config
         self.config, self.seams = config, seams or Seams()
         self.directory = RunDirectory.of(config)
         self.chronicle = Chronicle(config, self.directory)
@@ -103,6 +107,8 @@ class Controller:
         self._skip: set[int] = set()  # steps that the run was rolled back for
         self._back_to: int | None = None  # the newest step that may be gone on from
         self._outcome: Result | Exception | None = None
+        if self._again:
+            ray.get_runtime_context().current_actor.fit.remote()
 
     def __repr__(self) -> str:
         return f"Controller({self.config.name if hasattr(self, 'config') else 'not started'})"
@@ -112,9 +118,15 @@ class Controller:
     def fit(self) -> None:
         """The whole run. Its outcome, a Result or an exception, is fetched with `outcome`."""
         try:
+            if self._again and (ended := self._ended()) is not None:
+                self._finish(ended)
+                return
             self.directory.write_config(self.config)
             data = self._prepare()
-            plan: Plan | None = self._make_plan()
+            plan = self._adopt() if self._again else None
+            if plan is None:
+                adoption.end_all(self.config.name)
+                plan = self._make_plan()
             while plan is not None:
                 try:
                     self._build(plan, data)
@@ -139,7 +151,8 @@ class Controller:
             f"data: {train:,} tokens to train on, {held:,} to validate; unigram entropy "
             f"{dataset.unigram_entropy:.3f} nats per token (the loss of counting tokens alone)"
         )
-        self._say("data", text, tokens=train, unigram_entropy=dataset.unigram_entropy, path=str(dataset.path))
+        if not self._again:
+            self._say("data", text, tokens=train, unigram_entropy=dataset.unigram_entropy, path=str(dataset.path))
         self._evaluates = evaluates(self.config, dataset)
         return dataset
 
@@ -157,6 +170,40 @@ class Controller:
             self._say("mesh", f"mesh: {resized.plan.mesh} for {sum(slots)} workers", page=str(resized))
             return resized.plan
         return make_plan(self.config, cluster, report=lambda text: self._enter(f"choosing a schedule: {text}"))
+
+    def _ended(self) -> Result | Exception | None:
+        """How the run ended before this controller was started again; None: it goes on."""
+        events = adoption.of_this_launch(read_records(self.directory.events))
+        last = next((event for event in reversed(events) if event["event"] in ("complete", "stopped", "error")), None)
+        if last is None:
+            return None
+        if last["event"] == "error":
+            return ClusterError("\n".join(part for part in (last["message"], last["detail"]) if part))
+        self._step = int(last["step"])
+        return self._result(stopped=last["event"] == "stopped", step=self._step)
+
+    def _adopt(self) -> Plan | None:
+        """Started again: the plan that the workers are at, who leave their mesh and park their state in memory. None where
+        nobody is left: then the run goes on from its checkpoints, as after any start."""
+        self._enter("adopting workers")
+        heirs = adoption.find(self.config.name, self.directory.config)
+        if heirs is None:
+            return None
+        orders = heirs.orders
+        plan = self._plan = orders.plan
+        self._epoch, self._skip, self._measure = orders.epoch, set(orders.skip), False
+        self._step = self._recorded = self.chronicle.last_step
+        self._saved = getattr(self.directory.newest(), "step", None)
+        told = adoption.losses(adoption.of_this_launch(read_records(self.directory.events)))
+        self.budget.restore(told)
+        self._restarts = len(told)
+        self._open_gang(plan)
+        assert self._gang is not None
+        self._gang.adopt(heirs.ranks, heirs.spares, orders.seats)
+        self.memory.adopt(orders.keepers)
+        for member in heirs.ranks.values():
+            member.actor.beat.remote(self._recorded, int(Request.PAUSE))
+        return self._recover(plan, WorkersLost(heirs.missing, "the controller died and was started again"))
 
     def _build(self, plan: Plan, data: Dataset) -> None:
         """Fills the gang, and builds one epoch of the mesh from the newest good state."""
@@ -196,7 +243,7 @@ class Controller:
         folder = Path(self.memory.folders[node]) if self.memory.on else None
         return Orders(
             plan, rank, self._epoch, where, data.path, path, gang.device, gang.neighbours(rank), node, folder,
-            self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)),
+            self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)), gang.seats,
         )  # fmt: skip
 
     def _tell_built(self, plan: Plan, gang: Gang, source: Source, **seconds: float) -> None:
@@ -214,15 +261,21 @@ class Controller:
     def _gather(self, plan: Plan) -> Gang:
         """Enough workers for a plan, with their ranks; spares are made, but not waited for."""
         if self._gang is None:
-            self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-            self._gang = Gang(self.config.name, plan, self._say, self.seams.open_trainer)
-            self._moves = Moves(self.config, self._gang, self._say, self.directory.config)
-            self._moves.begin(self.config, plan)
+            self._open_gang(plan)
+        assert self._gang is not None
         gang, world = self._gang, plan.mesh.world
         gang.fill(world, self.directory.config)
         gang.deal(plan.mesh)
         gang.start(world + self.config.recovery.spares, self.directory.config, wait=False)
         return gang
+
+    def _open_gang(self, plan: Plan) -> None:
+        self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+        self._gang = Gang(
+            self.config.name, plan, self._say, self.seams.open_trainer, lease_s=self.config.recovery.lease_s
+        )
+        self._moves = Moves(self.config, self._gang, self._say, self.directory.config)
+        self._moves.begin(self.config, plan)
 
     def _train(self, plan: Plan) -> Plan | None:
         """Segments of steps; between them, what is due. None at the end, else the plan to go on with."""
@@ -320,7 +373,8 @@ class Controller:
     def _recover(self, plan: Plan, lost: WorkersLost) -> Plan:
         """After a loss: who comes back stays, who does not is killed; then the next plan. Raises where it is hopeless."""
         self._restarts += 1
-        self._say("lost", f"lost {lost}", ranks=list(lost.ranks), why=str(lost), step=self._recorded)
+        facts = {"ranks": list(lost.ranks), "why": str(lost), "loss": str(lost.kind), "cause": lost.why}
+        self._say("lost", f"lost {lost}" if lost.ranks else str(lost), **facts, step=self._recorded)
         judged = self.budget.judge(lost.kind, self._recorded, lost.why)
         if not judged.goes_on:
             raise ClusterError(f"the run stops: {judged.why}\n    the last loss: {lost}")
@@ -329,7 +383,8 @@ class Controller:
         gang = self._gang
         gang.drop([gang.ranks[rank] for rank in lost.ranks if rank in gang.ranks])
         calls = {member.actor.leave.remote(self.memory.on): member for member in gang.ranks.values()}
-        back, late = ray.wait(list(calls), num_returns=len(calls), timeout=LEAVE_S) if calls else ([], [])
+        limit_s = LEAVE_S + 2 * float(self.chronicle.last.get("step_time_s", 0.0))
+        back, late = ray.wait(list(calls), num_returns=len(calls), timeout=limit_s) if calls else ([], [])
         gone = [call for call in back if failed(call)]
         gang.drop([calls[call] for call in (*late, *gone)])
         left = [ray.get(call) for call in back if call not in gone]
@@ -366,8 +421,12 @@ class Controller:
             self._say("continuation", shown, text=text, prompt=self.config.evaluate.prompt)
         kind = "stopped" if stopped else "complete"
         self._say(kind, f"{kind} at step {self._step} of {self.config.steps}", step=self._step)
+        return self._result(stopped=stopped, step=self._step)
+
+    def _result(self, *, stopped: bool, step: int) -> Result:
+        newest = self.directory.newest()
         path = None if newest is None else str(newest.path)
-        return read_result(self.config.name, self.config.run_dir, self.config.steps, path, self._step, stopped)
+        return read_result(self.config.name, self.config.run_dir, self.config.steps, path, step, stopped)
 
     def _failed(self, error: Exception) -> Exception:
         if not isinstance(error, RaytronError):
@@ -530,8 +589,13 @@ class Controller:
         }
 
     @control
-    def drain(self, cursor: tuple[int, int]) -> News:
-        """What happened since `cursor`; (0, 0) is the beginning."""
+    def lives(self) -> bool:
+        """A sign of life, for those whose lease it renews."""
+        return True
+
+    @control
+    def drain(self, cursor: Cursor) -> News:
+        """What happened since `cursor`."""
         return self.chronicle.since(cursor, self._outcome is not None)
 
     @control
@@ -588,4 +652,4 @@ def _due(step: int, every: int | None) -> bool:
     return bool(every) and step % int(every or 1) == 0
 
 
-ControllerActor: Any = ray.remote(num_cpus=0, max_restarts=0, concurrency_groups={"ctl": 4})(Controller)
+ControllerActor: Any = ray.remote(num_cpus=0, max_restarts=-1, concurrency_groups={"ctl": 4})(Controller)

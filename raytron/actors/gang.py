@@ -6,24 +6,27 @@
 
 Bundle order promises nothing about neighbourhood: seats are numbered after the placement groups stand, by node address and
 device id. The first placement makes one group for each smallest set of nodes that holds whole replicas; what is added
-later, one for each node.
+later, one for each node. Members are detached actors, and groups are detached, too: they outlive their controller, which
+adopts them when Ray has started it again (`raytron.actors.adoption`).
 """
 
 from __future__ import annotations
 
 import itertools
+import secrets
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytron.actors import placement
-from raytron.actors.cluster import NAMESPACE, free, living
+from raytron.actors.cluster import NAMESPACE, controller_name, free, living
+from raytron.actors.seat import Seat, homes
 from raytron.actors.versions import mismatches, versions
 from raytron.actors.worker import Facts, OpenTrainer, WorkerActor, end_process
 from raytron.errors import ClusterError
@@ -36,19 +39,6 @@ POLL_S = 0.5
 ATTEMPTS = 3  # for a worker to start
 
 Say = Callable[..., None]  # (kind of event, message, **facts)
-
-
-class Seat(NamedTuple):
-    """A place for one worker: in a bundle of a placement group."""
-
-    number: int
-    group: Any
-    bundle: int
-
-    @property
-    def home(self) -> str:
-        """The id of the node where it stands now."""
-        return _homes(self.group).get(self.bundle, "")
 
 
 @dataclass
@@ -65,8 +55,11 @@ class Member:
 class Gang:
     """The workers of one run. `fill` makes those that are missing, `deal` gives them ranks, `drop` ends some."""
 
-    def __init__(self, run: str, plan: Plan, say: Say, open_trainer: OpenTrainer = open_trainer):
-        self.run, self.plan, self.say = run, plan, say
+    def __init__(
+        self, run: str, plan: Plan, say: Say, open_trainer: OpenTrainer = open_trainer, lease_s: float = 120.0
+    ):
+        """lease_s: how long members go on without a controller."""
+        self.run, self.plan, self.say, self.lease_s = run, plan, say, lease_s
         self.config = plan.config.cluster
         assert plan.cluster is not None
         self.device = plan.cluster.device(self.config)
@@ -100,7 +93,23 @@ class Gang:
         busy = {member.number for member in self.ranks.values()}
         return [member for member in self.ready if member.number not in busy]
 
+    @property
+    def seats(self) -> tuple[Seat, ...]:
+        """All seats, taken or free."""
+        return tuple(self._seats)
+
     # ---- more of them
+
+    def adopt(self, ranks: Mapping[int, Member], spares: Iterable[Member], seats: Iterable[Seat]) -> None:
+        """Takes in the members and the seats of a gang whose controller has died."""
+        members = [*ranks.values(), *spares]
+        known = {seat.number: seat for seat in (*seats, *(member.seat for member in members))}
+        self._seats = [seat for _, seat in sorted(known.items())]
+        self._groups = list({seat.group.id: seat.group for seat in self._seats}.values())
+        self.members = {member.number: member for member in members}
+        self.ranks = dict(ranks)
+        self._made = itertools.count(max(self.members, default=-1) + 1)
+        self._world = self.plan.mesh.world
 
     def fill(self, count: int, witness: Path) -> None:
         """Waits until `count` members are ready, making those that are missing. witness: a file that all have to see.
@@ -145,8 +154,8 @@ class Gang:
     def capacity(self) -> dict[str, int]:
         """How many members each node could have: those that it has, on free seats, and in what is free on it."""
         out = {node.node_id: node.shape.slots(self.config, self.device) for node in free()}
-        homes = [*(seat.home for seat in self._usable()), *(_facts(member).node_id for member in self.ready)]
-        for node in homes:
+        held = [*(seat.home for seat in self._usable()), *(_facts(member).node_id for member in self.ready)]
+        for node in held:
             out[node] = out.get(node, 0) + 1
         return {node: count for node, count in out.items() if node not in self._retired}
 
@@ -266,15 +275,18 @@ class Gang:
                 slots.append(lacking)  # a group that waits for its node
             sets = [[bundle] for bundle in placement.fill(min(count, sum(slots)), slots)]
         asked = [[placement.resources(bundle, self.config, self.device) for bundle in bundles] for bundles in sets]
-        groups = [placement_group(bundles, strategy="PACK") for bundles in asked]
+        groups = [
+            placement_group(bundles, "PACK", f"raytron/{self.run}/group-{secrets.token_hex(4)}", "detached")
+            for bundles in asked
+        ]
         self._groups += groups
         wanted = [bundle for bundles in asked for bundle in bundles]
         calls = [group.ready() for group in groups]
         self._wait(calls, "no room on the cluster", lambda: placement.missing(wanted, [node.shape for node in free()]))
         address = {node["NodeID"]: node["NodeManagerAddress"] for node in living()}
-        homes = [[address.get(home, "") for _, home in sorted(_homes(group).items())] for group in groups]
-        found = placement.seats(sets, homes)
-        first = len(self._seats)
+        where = [[address.get(home, "") for _, home in sorted(homes(group).items())] for group in groups]
+        found = placement.seats(sets, where)
+        first = max((seat.number for seat in self._seats), default=-1) + 1
         self._seats += [
             Seat(first + at, groups[group], bundle) for at, (_, (group, bundle)) in enumerate(sorted(found.items()))
         ]
@@ -302,11 +314,12 @@ class Gang:
         return WorkerActor.options(
             name=f"raytron/{self.run}/worker-{number}",
             namespace=NAMESPACE,
+            lifetime="detached",
             num_cpus=self.config.cpus_per_worker,
             num_gpus=1 if self.device == "cuda" else 0,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle),
-        ).remote(number, self._open_trainer)
+        ).remote(number, self._open_trainer, seat, controller_name(self.run), self.lease_s)
 
     def _check(self, members: Iterable[Member]) -> None:
         """Raises ClusterError where workers run other code, or don't see the run directory."""
@@ -334,9 +347,3 @@ def failed(call: Any) -> bool:
 def _facts(member: Member) -> Facts:
     assert member.facts is not None
     return member.facts
-
-
-def _homes(group: Any) -> dict[int, str]:
-    """The node id of each bundle of a placement group."""
-    homes = placement_group_table(group)["bundles_to_node_id"]
-    return {int(index): str(node) for index, node in homes.items()}

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raytron.actors.cluster import NAMESPACE
 from raytron.actors.control import control
 from raytron.actors.drain import listen
+from raytron.actors.lease import Lease, ask_for, exit_now
 from raytron.actors.metadata import Kind
 from raytron.actors.notices import Watcher
 from raytron.checkpoint import folder as folders
@@ -56,9 +57,10 @@ class Place(NamedTuple):
 
 
 class Keeper:
-    """Owns the folder of a run on one node. folder: None: on that node's tmpfs."""
+    """Owns the folder of a run on one node. folder: None: on that node's tmpfs. lease: the name of the controller that it
+    works for, and for how many seconds it goes on without it; None: whoever made it closes it."""
 
-    def __init__(self, run: str, node: str, folder: str | None = None):
+    def __init__(self, run: str, node: str, folder: str | None = None, lease: tuple[str, float] | None = None):
         self.node = node
         self.folder = memory_folder(run, node) if folder is None else Path(folder)
         self._lock = threading.Lock()
@@ -67,6 +69,7 @@ class Keeper:
         self._watcher: Watcher | None = None
         folders.sweep(self.folder.parent)
         folders.use(self.folder)
+        self._lease = None if lease is None else Lease(ask_for(lease[0]), lease[1], self._leave)
 
     def place(self) -> Place:
         """The name of its node, and the folder in which the ranks there write."""
@@ -152,8 +155,14 @@ class Keeper:
                 self._news.board.leave()
         self._news = None
 
+    def _leave(self) -> None:
+        self.close()
+        exit_now()
+
     def close(self) -> None:
         """The run is over: the folder goes."""
+        if self._lease is not None:
+            self._lease.close()
         if self._watcher is not None:
             self._watcher.close(timeout_s=0)
         self.unfollow()
@@ -185,16 +194,26 @@ class _Partner:
 # ---- for the controller
 
 
-def spawn(run: str, node: str, *, label: str | None = None, folder: str | None = None, name: str | None = None) -> Any:
+def spawn(
+    run: str,
+    node: str,
+    *,
+    label: str | None = None,
+    folder: str | None = None,
+    name: str | None = None,
+    lease: tuple[str, float] | None = None,
+) -> Any:
     """The handle of a new keeper on the node with this id of Ray's.
 
-    run: see `memory_folder`. label: what surveys call the node, if not its id; folder: if not on tmpfs; name: the actor's.
+    run: see `memory_folder`. label: what surveys call the node, if not its id; folder: if not on tmpfs; name: the actor's;
+    lease: see `Keeper`: it then is a detached actor, which needs a name.
 
     A keeper that takes a dead one's place finds the folder as that one left it.
     """
     place = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    options = {"name": name, "namespace": NAMESPACE} if name else {}
-    return KeeperActor.options(scheduling_strategy=place, **options).remote(run, label or node, folder)
+    options: dict[str, Any] = {"name": name, "namespace": NAMESPACE} if name else {}
+    options |= {"lifetime": "detached"} if lease else {}
+    return KeeperActor.options(scheduling_strategy=place, **options).remote(run, label or node, folder, lease)
 
 
 def partners(nodes: Sequence[str]) -> dict[str, str]:

@@ -25,8 +25,8 @@ class WorkersLost(Exception):
 
     def __init__(self, ranks: Collection[int], why: str, *, preempted: bool = False):
         self.ranks, self.why, self.preempted = tuple(sorted(ranks)), why, preempted
-        named = f"rank{'s' if len(self.ranks) != 1 else ''} {', '.join(map(str, self.ranks)) or 'none'}"
-        super().__init__(f"{named}: {why}")
+        named = f"rank{'s' if len(self.ranks) != 1 else ''} {', '.join(map(str, self.ranks))}: " if self.ranks else ""
+        super().__init__(f"{named}{why}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return functools.partial(type(self), preempted=self.preempted), (self.ranks, self.why)

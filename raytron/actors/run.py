@@ -22,8 +22,9 @@ from typing import Any
 import ray
 
 from raytron import presets
-from raytron.actors.chronicle import News
-from raytron.actors.cluster import AUTH_MODE, NAMESPACE, Session, connect, follow_auth, join, own_room
+from raytron.actors.adoption import end_all
+from raytron.actors.chronicle import BEGINNING, News
+from raytron.actors.cluster import AUTH_MODE, NAMESPACE, Session, connect, controller_name, follow_auth, join, own_room
 from raytron.actors.controller import ControllerActor, Seams
 from raytron.actors.recovery import cause_of
 from raytron.actors.worker import Request
@@ -46,7 +47,8 @@ CLEAR_S = 5.0  # for a run that is given up to end its workers
 FOLLOW_S = 0.4  # between two looks at a run
 RELEASE_S = 10.0  # for the name of a run that is over to be free again
 HOME = Path("runs")  # where a run directory is looked for by the name of the run
-WORKER_NAME = re.compile(r"/worker-\d+(\.\d+)?$")
+BACK_S = 60.0  # for a controller that died to be there again
+PART_NAME = re.compile(r"/(worker-\d+|keeper-[0-9a-f]+-[0-9a-f]+)$")
 Watcher = Callable[[News], None]
 Source = RunConfig | Path | str | Mapping[str, Any]  # a configuration, its file, a preset's name, or nested mappings
 
@@ -106,7 +108,7 @@ def attach(name: str, address: str | None = None) -> Run:
         follow_auth(found.get("auth"))
     session = _join(address)
     try:
-        controller = ray.get_actor(actor_name(name), namespace=NAMESPACE)
+        controller = ray.get_actor(controller_name(name), namespace=NAMESPACE)
         run_dir = Path(ray.get(controller.status.remote(), timeout=30)["run_dir"])
     except (ValueError, ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
         session.close()
@@ -186,7 +188,7 @@ class Run:
         if self._outcome is not None:
             return _given(self._outcome)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        cursor = (0, 0)
+        cursor = BEGINNING
         while True:
             news: News = self._ask("drain", cursor)
             cursor = news.cursor
@@ -212,6 +214,8 @@ class Run:
                     ray.get(self._controller.clear.remote(), timeout=CLEAR_S)
             with contextlib.suppress(Exception):
                 ray.kill(self._controller)
+            with contextlib.suppress(Exception):
+                end_all(self.name)
             RunDirectory(self.run_dir).write_controller(None)
         self._session.close()
 
@@ -248,14 +252,19 @@ class Run:
     def _ask(self, method: str, *arguments: Any) -> Any:
         if self._closed:
             raise ClusterError(f"this Run of {self.name} is closed; its files are in {self.run_dir}")
-        try:
-            return ray.get(getattr(self._controller, method).remote(*arguments), timeout=60)
-        except ray.exceptions.RayTaskError as error:
-            raise cause_of(error) from None
-        except ray.exceptions.RayActorError as error:
-            raise ClusterError(f"the controller of {self.name} is gone: {str(error).splitlines()[0]}") from None
-        except ray.exceptions.GetTimeoutError:
-            raise ClusterError(f"the controller of {self.name} did not answer for 60 s") from None
+        deadline = time.monotonic() + BACK_S
+        while True:
+            try:
+                return ray.get(getattr(self._controller, method).remote(*arguments), timeout=60)
+            except ray.exceptions.RayTaskError as error:
+                raise cause_of(error) from None
+            except ray.exceptions.RayActorError as error:
+                if not _comes_back(self.name) or time.monotonic() > deadline:
+                    first = str(error).splitlines()[0]
+                    raise ClusterError(f"the controller of {self.name} is gone: {first}") from None
+                time.sleep(FOLLOW_S)
+            except ray.exceptions.GetTimeoutError:
+                raise ClusterError(f"the controller of {self.name} did not answer for 60 s") from None
 
 
 def preflight(config: RunConfig) -> RunConfig:
@@ -294,14 +303,9 @@ def tokenize(config: RunConfig, report: Callable[[float, str], None]) -> Path:
         session.close()
 
 
-def actor_name(run: str) -> str:
-    """The name of a run's controller in the namespace `raytron`."""
-    return f"raytron/{run}"
-
-
 def _start(config: RunConfig, seams: Seams | None) -> Any:
     """The controller actor of a run, at work. Raises ClusterError where the name is taken."""
-    options: dict[str, Any] = {"name": actor_name(config.name), "namespace": NAMESPACE}
+    options: dict[str, Any] = {"name": controller_name(config.name), "namespace": NAMESPACE}
     if config.cluster.detached:
         options["lifetime"] = "detached"
     deadline = time.monotonic() + RELEASE_S
@@ -310,7 +314,7 @@ def _start(config: RunConfig, seams: Seams | None) -> Any:
             controller = ControllerActor.options(**options).remote(config, os.getcwd(), seams)
             break
         except ValueError:
-            if not _is_over(actor_name(config.name)) or time.monotonic() > deadline:
+            if not _is_over(controller_name(config.name)) or time.monotonic() > deadline:
                 remedy = f"remedy: attach to it (raytron status {config.name}), stop it, or give this run another name"
                 raise ClusterError(
                     f"a run named {config.name} is at work on this cluster already\n    {remedy}"
@@ -318,6 +322,15 @@ def _start(config: RunConfig, seams: Seams | None) -> Any:
             time.sleep(0.1)
     controller.fit.remote()
     return controller
+
+
+def _comes_back(run: str) -> bool:
+    """Whether a controller that gave no answer lives, or is being started again."""
+    try:
+        ray.get_actor(controller_name(run), namespace=NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_over(name: str) -> bool:
@@ -357,7 +370,7 @@ def _all_statuses(address: str | None) -> list[Record]:
         return [status for path in here for status in statuses(str(path))]
     try:
         actors = [actor["name"] for actor in ray.util.list_named_actors(True) if actor["namespace"] == NAMESPACE]
-        names = sorted(actor for actor in actors if not WORKER_NAME.search(actor))
+        names = sorted(actor for actor in actors if not PART_NAME.search(actor))
         return [dict(ray.get(ray.get_actor(actor, NAMESPACE).status.remote(), timeout=30)) for actor in names]
     finally:
         session.close()

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from raytron.actors import keeper
+from raytron.actors.cluster import controller_name
 from raytron.checkpoint.sources import Held, MemoryGeneration, choose
 from raytron.config import RecoveryConfig
 from raytron.errors import ClusterError
@@ -31,7 +32,8 @@ class Memory:
     """The keepers of a run, one on each of its nodes. Without `recovery.memory_every` there are none."""
 
     def __init__(self, run: str, config: RecoveryConfig, say: Say):
-        self.run, self.config, self.say = f"{run}-{secrets.token_hex(4)}", config, say
+        self.name, self.config, self.say = run, config, say
+        self.run = f"{run}-{secrets.token_hex(4)}"
         self.keepers: dict[str, Any] = {}  # by node id
         self.folders: dict[str, str] = {}
         self._starting: dict[str, tuple[Any, Any]] = {}  # keepers, and the calls that say where they keep
@@ -57,11 +59,20 @@ class Memory:
         ring = keeper.partners(sorted(nodes))
         ray.get([self.keepers[node].follow.remote(self.keepers[of], epoch, world) for node, of in ring.items()])
 
+    def adopt(self, keepers: Mapping[str, Any]) -> None:
+        """Takes in the keepers of a controller that has died, those that answer."""
+        self.keepers = dict(keepers)
+        answers = self._ask("place")
+        self.keepers = {node: actor for node, actor in keepers.items() if node in answers}
+        self.folders = {node: place.folder for node, place in answers.items()}
+
     def greet(self, nodes: Iterable[str]) -> None:
         """Starts keepers on nodes that have none, where workers wait that may soon have a rank."""
         for node in nodes:
             if self.on and node not in self.keepers and node not in self._starting:
-                actor = keeper.spawn(self.run, node)
+                name = f"raytron/{self.name}/keeper-{node[:8]}-{secrets.token_hex(2)}"
+                lease = controller_name(self.name), self.config.lease_s
+                actor = keeper.spawn(self.run, node, name=name, lease=lease)
                 self._starting[node] = actor, actor.place.remote()
                 actor.listen.remote(self.config.notices)
 

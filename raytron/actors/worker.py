@@ -30,11 +30,14 @@ from typing import Any, NamedTuple, Protocol
 import ray
 import torch
 import torch.distributed as dist
+from ray.util.placement_group import remove_placement_group
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from raytron.actors.control import control
 from raytron.actors.keeper import fetch_through
+from raytron.actors.lease import Lease, ask_for, exit_now
 from raytron.actors.network import bind_to
+from raytron.actors.seat import Seat
 from raytron.actors.versions import Versions, versions
 from raytron.checkpoint.gather import Fetch
 from raytron.checkpoint.sources import MemoryGeneration
@@ -45,7 +48,6 @@ from raytron.parallel.mesh import Mesh, close_world, open_world
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import Plan
 from raytron.training.guard import Rollback
-from raytron.training.open import open_trainer
 
 BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 IDLE = "waiting"
@@ -121,6 +123,7 @@ class Orders:
     keepers: Mapping[str, Any]  # the way to segments on other nodes, by their ids
     retrace: bool  # whether comparisons of replicas tell of each rank's own gradients, too
     skip: tuple[int, ...]  # steps that use up their samples and change nothing: those that the run was rolled back for
+    seats: tuple[Seat, ...]  # of the whole gang
 
 
 class Beat(NamedTuple):
@@ -150,6 +153,16 @@ class Left(NamedTuple):
     records: list[Record]
 
 
+class Standing(NamedTuple):
+    """What a worker tells a controller that was started again. orders: the last ones; None: it never had a rank."""
+
+    number: int
+    seat: Seat
+    facts: Facts
+    orders: Orders | None
+    free: bool  # it is of no mesh, and does nothing
+
+
 class Reached(NamedTuple):
     """Where a segment ended, and what the ranks were asked for."""
 
@@ -160,8 +173,11 @@ class Reached(NamedTuple):
 class Worker:
     """A rank. `open_trainer` is given once; a worker may be built many times, after others were lost."""
 
-    def __init__(self, number: int, open_trainer: OpenTrainer = open_trainer):
-        self.number = number
+    def __init__(self, number: int, open_trainer: OpenTrainer, seat: Seat, controller: str, lease_s: float):
+        """controller: the name of the actor that it works for; lease_s: how long it goes on without it."""
+        self.number, self.seat = number, seat
+        self._orders: Orders | None = None
+        self._lease = Lease(ask_for(controller), lease_s, self._end)
         self.rank, self.shape = -1, MeshShape()
         self._open_trainer = open_trainer
         self._trainer: TrainerLike | None = None
@@ -180,7 +196,7 @@ class Worker:
 
     def build(self, orders: Orders, memory: MemoryGeneration | None = None) -> Built:
         """Joins the mesh of an epoch, opens its trainer, and goes on from memory or a generation."""
-        self.rank, self.shape = orders.rank, orders.plan.mesh
+        self.rank, self.shape, self._orders = orders.rank, orders.plan.mesh, orders
         self._drop()
         config = orders.plan.config
         with self._telling("building"):
@@ -289,6 +305,12 @@ class Worker:
         return Facts(socket.gethostname(), ip, node, os.getpid(), gpu, name, versions(), sees)
 
     @control
+    def stand(self, witness: Path) -> Standing:
+        """What a controller that was started again has to know of this worker."""
+        free = self._trainer is None and self._doing == IDLE
+        return Standing(self.number, self.seat, self.describe(witness), self._orders, free)
+
+    @control
     def beat(self, after: int, request: int) -> Beat:
         """A sign of life, with the records of steps after `after`; earlier ones are forgotten.
 
@@ -321,6 +343,12 @@ class Worker:
         return "\n".join(parts)
 
     # ---- inside
+
+    def _end(self) -> None:
+        """The controller is gone for good: gives the place back, and with it those of all who share the group."""
+        with contextlib.suppress(Exception):
+            remove_placement_group(self.seat.group)
+        exit_now()
 
     def _waits(self) -> bool:
         """Whether this rank is held up by others, not by itself: in a step, or in a collective of another kind."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 from fault_runs import SMALL, Told, configured, ledger_of, told
+from ray.util.placement_group import placement_group_table
 
 from raytron.actors.controller import Seams
 from raytron.actors.run import Run, launch, tokenize
@@ -69,10 +70,12 @@ def undisturbed(corpus_dataset, tmp_path_factory):
 
 
 def nothing_left_of(name: str, timeout_s: float = 15.0) -> None:
-    """Actors and folders in memory go within seconds."""
+    """Actors, placement groups and folders in memory go within seconds."""
     deadline = time.monotonic() + timeout_s
     while True:
         actors = [actor["name"] for actor in ray.util.list_named_actors(True) if name in actor["name"]]
+        groups = [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        actors += [group for group in groups if name in group]
         folders = list(Path("/dev/shm").glob(f"raytron-{name}-*"))
         if not actors and not folders:
             return
