@@ -107,8 +107,8 @@ class Controller:
         self._skip: set[int] = set()  # steps that the run was rolled back for
         self._back_to: int | None = None  # the newest step that may be gone on from
         self._outcome: Result | Exception | None = None
-        if self._again:
-            ray.get_runtime_context().current_actor.fit.remote()
+        if self._again:  # nobody calls `fit` a second time, and a call of its own, made here, may get lost in Ray
+            threading.Thread(target=self.fit, name="fit", daemon=True).start()
 
     def __repr__(self) -> str:
         return f"Controller({self.config.name if hasattr(self, 'config') else 'not started'})"

@@ -23,6 +23,13 @@ def reach(run, step, timeout_s=60.0):
         time.sleep(0.05)
 
 
+def built(run, times, timeout_s=60.0):
+    deadline = time.monotonic() + timeout_s
+    while sum(event["event"] == "workers" for event in run.events()) < times:
+        assert time.monotonic() < deadline, run.status()
+        time.sleep(0.02)
+
+
 def kill_controller(run):
     """It is at work in its default group, which answers nothing else."""
     call = run._controller.__ray_call__.options(concurrency_group="ctl")
@@ -30,13 +37,14 @@ def kill_controller(run):
 
 
 def test_workers_are_adopted_and_no_step_is_lost(begin, undisturbed):
-    run = begin(SLOW, **{"mesh.dp": 2, "steps": 12})
-    reach(run, 3)
-    kill_controller(run)
-    reach(run, 6)
-    kill_controller(run)
+    """It dies twice, the second time as soon as it may."""
+    run = begin(SLOW, **{"mesh.dp": 2, "steps": 16})
+    for times in (1, 2):
+        built(run, times)
+        reach(run, 3)
+        kill_controller(run)
     story = told(run, run.wait(timeout_s=120))
-    assert_same_end(story, undisturbed(**{"mesh.dp": 2, "steps": 12}))
+    assert_same_end(story, undisturbed(**{"mesh.dp": 2, "steps": 16}))
     assert [event["why"] for event in story.all("lost")] == ["the controller died and was started again"] * 2
     assert len({tuple(event["pids"].values()) for event in story.all("workers")}) == 1
     assert {event["source"] for event in story.all("workers")[1:]} == {"memory"}
