@@ -343,12 +343,6 @@ class Controller:
         """After a loss: who comes back stays, who does not is killed; then the next plan. Raises where it is hopeless."""
         self._restarts += 1
         self._say("lost", f"lost {lost}", ranks=list(lost.ranks), why=str(lost), step=self._recorded)
-        judged = self.budget.judge(lost.kind, self._recorded, lost.why)
-        if not judged.goes_on and not (judged.stuck and self._blame_memory(self._recorded, lost.why)):
-            planned = f"\n    {explained(plan, lost.ranks[0])}" if judged.stuck and lost.ranks else ""
-            raise ClusterError(f"the run stops: {judged.why}\n    the last loss: {lost}{planned}")
-        again = judged.why if judged.goes_on else "once more, from disk"
-        self.probation.lost(lost.kind)
         self._enter("recovering")
         assert self._gang is not None
         gang = self._gang
@@ -360,6 +354,12 @@ class Controller:
         left = [ray.get(call) for call in back if call not in gone]
         for each in left:
             self._hear(each.records)
+        judged = self.budget.judge(lost.kind, self._recorded, lost.why)
+        if not judged.goes_on and not (judged.stuck and self._blame_memory(self._recorded, lost.why)):
+            planned = f"\n    {explained(plan, lost.ranks[0])}" if judged.stuck and lost.ranks else ""
+            raise ClusterError(f"the run stops: {judged.why}\n    the last loss: {lost}{planned}")
+        again = judged.why if judged.goes_on else "once more, from disk"
+        self.probation.lost(lost.kind)
         kept = sorted(gang.ranks)
         text = f"restart {self._restarts}: {plural(len(kept), 'worker')} left ({again})"
         parked = sum(each.parked for each in left)
@@ -534,6 +534,11 @@ class Controller:
         if self._moves is not None:
             self._moves.begin(self.config, relief.plan)
         self._relieved = relief.plan
+        if self._wanted is not None:
+            wanted = self._wanted.plan
+            self._wanted = self._wanted._replace(
+                plan=make_plan(wanted.config.replace(**relief.changes), wanted.cluster)
+            )
         why = f"out of memory ({error.where}): {first_line(error)}"
         text = f"rank {error.rank} is {why}; {explained(plan, error.rank)}; the run goes on with {relief}"
         self._say("relief", text, rank=error.rank, where=error.where, changes=relief.changes, page=str(relief.plan))
