@@ -328,6 +328,7 @@ class RecoveryConfig:
     notices: Literal["auto", "none", "ec2", "gce", "azure"] = (
         "auto"  # whose word is heard that a machine will be taken away
     )
+    on_out_of_memory: Literal["stop", "recompute"] = "stop"  # recompute: go on, once, with a stronger memory.recompute
     max_restarts: int = 20  # losses within window_s before the run gives up; preempted machines don't count
     window_s: float = 3600.0
 

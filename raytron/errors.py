@@ -8,10 +8,12 @@ RaytronError
 ├── ClusterError       the cluster can't hold what the plan needs
 ├── GuardError         a step's numbers are not finite, or leap, and the run is to stop for it
 └── WorkerError        an exception inside a worker, with its rank, stage and step
+    └── OutOfMemoryError   its device's or its host's memory did not hold what was planned
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,5 +73,16 @@ class WorkerError(RaytronError):
         self.rank, self.where, self.cause, self.trace = rank, where, cause, trace
         super().__init__(f"rank {rank} ({where}): {cause}" + (f"\n{trace}" if trace else ""))
 
-    def __reduce__(self) -> tuple[type, tuple[int, str, str, str]]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.rank, self.where, self.cause, self.trace)
+
+
+class OutOfMemoryError(WorkerError):
+    """A worker ran out of memory. host: of its host, else of its device."""
+
+    def __init__(self, rank: int, where: str, cause: str, trace: str = "", *, host: bool = False):
+        self.host = host
+        super().__init__(rank, where, cause, trace)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return functools.partial(type(self), host=self.host), (self.rank, self.where, self.cause, self.trace)

@@ -39,6 +39,7 @@ class Loss(NamedTuple):
 class Verdict(NamedTuple):
     goes_on: bool
     why: str  # in words; where the run stops, with the cause
+    stuck: bool = False  # it stops since nothing got any further
 
 
 class Budget:
@@ -71,6 +72,7 @@ class Budget:
                 False,
                 f"the same failure came back at step {loss.step + 1} without a step of progress: {loss.cause}; "
                 "starting again does not help: its cause is in the run, not in the machines",
+                stuck=True,
             )
         if len(stuck) >= self.tries:
             causes = "; ".join(dict.fromkeys(other.cause for other in stuck))
@@ -78,6 +80,7 @@ class Budget:
                 False,
                 f"step {loss.step + 1} was tried {len(stuck)} times and never committed ({causes}); "
                 "something in this step itself, such as its batch or its memory, breaks the ranks",
+                stuck=True,
             )
         return None
 

@@ -11,6 +11,7 @@ too: Ray starts it again, and it adopts the workers, which have trained on (`ray
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -30,20 +31,32 @@ from raytron.actors.budget import Budget, Kind
 from raytron.actors.chronicle import Chronicle, Cursor, News
 from raytron.actors.cluster import survey
 from raytron.actors.control import control
+from raytron.actors.exhausted import Exhaustion
 from raytron.actors.gang import Gang, failed
 from raytron.actors.health import Health
+from raytron.actors.memory_records import untold
 from raytron.actors.moves import Moves, Wanted
 from raytron.actors.patience import Patience
-from raytron.actors.recovery import WorkersLost
+from raytron.actors.probation import Probation
+from raytron.actors.recovery import WorkersLost, first_line
 from raytron.actors.supervisor import Supervisor
 from raytron.actors.tiers import Memory
 from raytron.actors.worker import Beat, OpenTrainer, Orders, Request
-from raytron.checkpoint.catalog import Generation, newest_good, note_validation, prune
+from raytron.checkpoint.catalog import Generation, committed, newest_good, note_validation, prune
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.config import RunConfig, flatten, to_mapping
 from raytron.data.prepare import ensure_dataset
 from raytron.data.shards import Dataset, open_dataset
-from raytron.errors import CheckpointError, ClusterError, ConfigError, Problem, RaytronError
+from raytron.errors import (
+    CheckpointError,
+    ClusterError,
+    ConfigError,
+    GuardError,
+    OutOfMemoryError,
+    Problem,
+    RaytronError,
+    WorkerError,
+)
 from raytron.observe.records import Record, read_records
 from raytron.observe.result import Result, read_result
 from raytron.observe.trace import MEASURED
@@ -53,6 +66,7 @@ from raytron.plan.elastic import best_plan
 from raytron.plan.flops import mfu, peak_flops
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import Plan, make_plan, replan
+from raytron.plan.relief import explained
 from raytron.plan.times import FOLDER, read_times
 from raytron.training.generate import generate
 from raytron.training.guard import Rollback
@@ -90,15 +104,19 @@ class Controller:
         self.budget = Budget(config.recovery.max_restarts, config.recovery.window_s)
         self.memory = Memory(config.name, config.recovery, self._say)
         self.health = Health(config.guard, self._say)
+        self.probation = Probation()
+        self.exhaustion = Exhaustion(config.recovery)
         self._phase, self._asked = "starting", Request.NONE
         self._plan: Plan | None = None
         self._wanted: Wanted | None = None  # the plan to go on with
+        self._relieved: Plan | None = None  # the plan to go on with after a loss, since memory ran out
         self._measure = config.pipeline.schedule == "auto"  # until this launch has chosen
         self._gang: Gang | None = None
         self._moves: Moves | None = None
         self._supervisor: Supervisor | None = None
         self._step = self._epoch = self._restarts = 0
         self._recorded = 0  # the newest step of this epoch that was recorded
+        self._stood = 0  # the newest epoch that was built
         self._choose_at: int | None = None  # the step at which `schedule: auto` has been measured
         self._saved: int | None = None  # the step of the newest checkpoint
         self._newest: tuple[int, Path] | None = None  # of this launch: its step and place
@@ -191,7 +209,8 @@ class Controller:
             return None
         orders = heirs.orders
         plan = self._plan = orders.plan
-        self._epoch, self._skip, self._measure = orders.epoch, set(orders.skip), False
+        self._epoch = self._stood = orders.epoch
+        self._skip, self._measure = set(orders.skip), False
         self._step = self._recorded = self.chronicle.last_step
         self._saved = getattr(self.directory.newest(), "step", None)
         told = adoption.losses(adoption.of_this_launch(read_records(self.directory.events)))
@@ -213,12 +232,16 @@ class Controller:
         self._enter("building")
         self._plan, self._epoch = plan, self._epoch + 1
         source = self._source(data)
+        self.probation.begin(self._epoch, source)
         self.memory.prepare(self._epoch, plan.mesh.world, {facts.node_id for facts in gang.facts.values()})
         found = time.monotonic()
         self._supervisor = Supervisor(gang.workers, self.patience, self._heard, self._asks, self._look)
         memory = ray.put(source) if isinstance(source, MemoryGeneration) else None
         built = self._together("build", lambda rank: (self._orders(rank, data, source), memory), patience.BUILDING)
         self._step = self._recorded = built[0].step
+        self._stood = self._epoch
+        self.probation.stands()
+        self.memory.stood(self._step)
         self._back_to = None
         self._saved = source.step if isinstance(source, Generation) else self._saved
         if built[0].problem is not None:
@@ -375,9 +398,6 @@ class Controller:
         self._restarts += 1
         facts = {"ranks": list(lost.ranks), "why": str(lost), "loss": str(lost.kind), "cause": lost.why}
         self._say("lost", f"lost {lost}" if lost.ranks else str(lost), **facts, step=self._recorded)
-        judged = self.budget.judge(lost.kind, self._recorded, lost.why)
-        if not judged.goes_on:
-            raise ClusterError(f"the run stops: {judged.why}\n    the last loss: {lost}")
         self._enter("recovering")
         assert self._gang is not None
         gang = self._gang
@@ -390,11 +410,18 @@ class Controller:
         left = [ray.get(call) for call in back if call not in gone]
         for each in left:
             self._hear(each.records)
+        judged = self.budget.judge(lost.kind, self._recorded, lost.why)
+        if not judged.goes_on and not (judged.stuck and self._blame_memory(self._recorded, lost.why)):
+            planned = f"\n    {explained(plan, lost.ranks[0])}" if judged.stuck and lost.ranks else ""
+            raise ClusterError(f"the run stops: {judged.why}\n    the last loss: {lost}{planned}")
+        again = judged.why if judged.goes_on else "once more, from disk"
+        self.probation.lost(lost.kind)
         kept = sorted(gang.ranks)
-        text = f"restart {self._restarts}: {plural(len(kept), 'worker')} left ({judged.why})"
+        text = f"restart {self._restarts}: {plural(len(kept), 'worker')} left ({again})"
         parked = sum(each.parked for each in left)
         self._say("restart", text, kept=kept, spares=len(gang.spares), parked=parked, step=self._recorded)
         assert self._moves is not None
+        plan, self._relieved = self._relieved or plan, None
         return self._moves.after_loss(plan)
 
     def _roll_back(self, back: Rollback) -> None:
@@ -463,13 +490,32 @@ class Controller:
         raise ConfigError([Problem("data", what, "use the old data, another run_dir, or resume.allow=data")])
 
     def _source(self, data: Dataset) -> Source:
-        """The newest good state: in memory, on disk, or none. No step after the newest one that was recorded."""
+        """The newest good state: in memory, on disk, or none. No step of which there is no record."""
+        memory = self._in_memory()
+        doubt = self.probation.verdict(self._recorded)
+        if doubt is not None and self._blame_memory(self._recorded, doubt, at_once=True):
+            memory = None
         up_to = self._recorded if self._back_to is None else self._back_to
-        memory = self.memory.newest(up_to)
         if memory is not None and memory.step == up_to:
             return memory
-        disk = self._generation(data, self._back_to)
+        disk = self._generation(data, self._recorded if self._stood and self._back_to is None else self._back_to)
         return memory if memory is not None and (disk is None or memory.step >= disk.step) else disk
+
+    def _in_memory(self) -> MemoryGeneration | None:
+        """The newest good state in memory; steps that only memory tells of are recorded."""
+        if self._back_to is not None:
+            return self.memory.newest(self._back_to)
+        found = self.memory.newest(self._recorded, later_of=self._stood)
+        if found is None or found.step <= self._recorded:
+            return found
+        first, records = self._recorded + 1, untold(found, self._recorded)
+        self._say("recorded", f"steps {first} to {found.step} are told of by memory", first=first, last=found.step)
+        self._hear(records or ())
+        sick = self.health.take()
+        if sick is None or sick.back_to is None:
+            return found
+        self._back_to = sick.back_to  # these records say that the state is wrong
+        return self.memory.newest(self._back_to)
 
     def _damaged(self, path: Path, error: CheckpointError) -> None:
         self._say("damaged", f"passed over {path.name}: {error}", path=str(path))
@@ -493,7 +539,10 @@ class Controller:
         """Calls a method of all ranks and watches them. Raises WorkersLost or WorkerError."""
         assert self._supervisor is not None
         start = time.monotonic()
-        answers = self._supervisor.together(method, arguments, phase)
+        try:
+            answers = self._supervisor.together(method, arguments, phase)
+        except (WorkerError, GuardError, Rollback) as error:
+            raise self._otherwise(error) from None
         if phase == patience.STEP:
             self._listen()
         else:
@@ -512,10 +561,62 @@ class Controller:
 
     def _treat(self) -> None:
         """Raises WorkersLost where a rank is sick, or steps have to be done again to tell which is."""
+        doubt = self.probation.take()
+        if doubt is not None and self._blame_memory(self._recorded, doubt, at_once=True):
+            raise WorkersLost((), doubt)
         sick = self.health.take()
         if sick is not None:
             self._back_to = sick.back_to
             raise WorkersLost(sick.ranks, sick.why)
+
+    def _otherwise(self, error: WorkerError | GuardError | Rollback) -> Exception:
+        """What to raise for an exception of the ranks' own: WorkersLost where something else can be tried, else itself."""
+        if isinstance(error, OutOfMemoryError):
+            return self._relieve(error)
+        if self.probation.since is not None:
+            with contextlib.suppress(Exception):
+                self._listen()
+        step = error.step - 1 if isinstance(error, Rollback) else self._recorded
+        why = first_line(error)
+        if not self._blame_memory(step, why):
+            return error
+        return WorkersLost((error.rank,) if isinstance(error, WorkerError) else (), why)
+
+    def _relieve(self, error: OutOfMemoryError) -> Exception:
+        """A rank is out of memory: lost, where another plan may help; else the run stops, with what had been planned."""
+        plan = self._plan
+        assert plan is not None
+        relief = self.exhaustion.relief(error, plan)
+        if relief is None:
+            return self.exhaustion.explained(error, plan)
+        self.config = self.config.replace(**relief.changes)
+        self.directory.write_config(self.config)
+        if self._moves is not None:
+            self._moves.begin(self.config, relief.plan)
+        self._relieved = relief.plan
+        if self._wanted is not None:
+            wanted = self._wanted.plan
+            self._wanted = self._wanted._replace(
+                plan=make_plan(wanted.config.replace(**relief.changes), wanted.cluster)
+            )
+        why = f"out of memory ({error.where}): {first_line(error)}"
+        text = f"rank {error.rank} is {why}; {explained(plan, error.rank)}; the run goes on with {relief}"
+        self._say("relief", text, rank=error.rank, where=error.where, changes=relief.changes, page=str(relief.plan))
+        return WorkersLost((error.rank,), f"out of memory in {error.where}")
+
+    def _blame_memory(self, step: int, why: str, *, at_once: bool = False) -> bool:
+        """Something went wrong after `step` committed ones: whether memory may have led to it, and disk, which then has to
+        have something, is to be tried. at_once: the first is known."""
+        since = self.probation.since
+        if since is None or not (at_once or self.probation.suspects(step)):
+            return False
+        if all(generation.step > since for generation in committed(self.directory.checkpoints)):
+            return False
+        self.memory.demote(self.probation.epoch, why)
+        self.health.absolve()
+        self.probation.begin(self.probation.epoch, None)
+        self._back_to = since if self._back_to is None else min(since, self._back_to)
+        return True
 
     def _want(self, wanted: Wanted) -> None:
         """Another plan, from the next step on."""
@@ -543,6 +644,7 @@ class Controller:
             if record["step"] > self._recorded:
                 self._recorded = int(record["step"])
                 self.patience.saw(patience.STEP, record["step_time_s"])
+                self.probation.saw(record)
                 self.health.record(record)
                 rate = self._mfu(record)
                 self.chronicle.record(record if rate is None else {**record, "mfu": rate})

@@ -146,7 +146,7 @@ class Gang:
             try:
                 member.facts = ray.get(call)
                 new.append(member)
-            except ray.exceptions.RayActorError:
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
                 del self.members[member.number]
         self._check(new)
         return new

@@ -91,6 +91,10 @@ class Health:
         elif not second.agrees:
             raise ClusterError(f"replicas differ after step {second.step}, twice: {found.why}")
 
+    def absolve(self) -> None:
+        """What was found was nobody's fault."""
+        self._doubt = self._sick = None
+
     def take(self) -> Sick | None:
         """What to act upon now."""
         sick, self._sick = self._sick, None

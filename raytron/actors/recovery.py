@@ -2,6 +2,7 @@
 
     a process or node died                     the cause; errors of its peers are consequences      → restart
     a worker raised an exception of its own    it would raise again                                 → stop, with that cause
+    a worker ran out of memory                 the same, whether it says so or Ray ended it         → stop, or recompute more
     only lost connections or timeouts          whoever has not answered is silent and counts as lost → restart
 
 What comes next is the matter of `raytron.actors.moves`.
@@ -12,11 +13,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Mapping
 
+from ray.exceptions import OutOfMemoryError as KilledForMemory
 from ray.exceptions import RayActorError, RayTaskError
 
 from raytron.actors.budget import Kind
 from raytron.actors.worker import PeerError
-from raytron.errors import GuardError, WorkerError
+from raytron.errors import GuardError, OutOfMemoryError, WorkerError
 from raytron.training.guard import Rollback
 
 
@@ -38,7 +40,7 @@ class WorkersLost(Exception):
 
 def is_death(error: BaseException) -> bool:
     """Whether an exception of a call says that the actor is gone or can't be reached."""
-    return isinstance(error, RayActorError)
+    return isinstance(error, RayActorError | KilledForMemory)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -53,8 +55,16 @@ def is_settled(failures: Mapping[int, BaseException]) -> bool:
     return any(is_death(error) for error in failures.values())
 
 
-def verdict(failures: Mapping[int, BaseException], silent: Collection[int]) -> BaseException:
-    """The exception that some failed ranks amount to. silent: ranks that have not answered yet."""
+def verdict(
+    failures: Mapping[int, BaseException], silent: Collection[int], doing: Mapping[int, str] | None = None
+) -> BaseException:
+    """The exception that some failed ranks amount to. silent: ranks that have not answered yet; doing: what ranks were last
+    known to do."""
+    for rank, error in sorted(failures.items()):
+        if isinstance(error, KilledForMemory):  # the text of any other SIGKILL names memory as a possible cause, too
+            where = (doing or {}).get(rank, "at its work")
+            why = f"Ray ended the process since its node was out of memory: {first_line(error)}"
+            return OutOfMemoryError(rank, where, why, str(error), host=True)
     dead = {rank for rank, error in failures.items() if is_death(error)}
     if dead:
         away = all(getattr(failures[rank], "preempted", False) for rank in dead)

@@ -74,7 +74,8 @@ class Supervisor:
                 if phase == STEP:
                     self.look()
         if failures:
-            raise verdict(failures, set(self.workers) - set(answers) - set(failures))
+            doing = {rank: beat.doing for rank, beat in self._last.items()}
+            raise verdict(failures, set(self.workers) - set(answers) - set(failures), doing)
         return answers
 
     @property

@@ -3,8 +3,9 @@
     memory   segments of ranks, dead or parked, that keepers have on their nodes        at most a step behind
     disk     verified generations                                                     at most a checkpoint behind
 
-The newest whole step counts; of equal ones, memory's. A tier that could not be read, or led to a bad step soon after, is
-not asked again until a later epoch has trained well for a while.
+The newest whole step counts; of equal ones, memory's. Memory that could not be read, or led to something bad soon after
+(`raytron.actors.probation`), is not asked again until a later epoch has trained well for a while, and never again for what
+it held until then.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import ray
 
 from raytron.actors import keeper
 from raytron.actors.cluster import controller_name
-from raytron.checkpoint.sources import Held, MemoryGeneration, choose
+from raytron.actors.memory_records import choose_told
+from raytron.actors.probation import PROBATION
+from raytron.checkpoint.sources import Held, MemoryGeneration
 from raytron.config import RecoveryConfig
 from raytron.errors import ClusterError
 
 ANSWER_S = 20.0  # for a keeper to read all that it holds
 START_S = 60.0  # for a keeper to start
-PROBATION = 3  # steps after which a state counts as good
 
 Say = Callable[..., None]  # (kind of event, message, **facts)
 
@@ -37,7 +39,8 @@ class Memory:
         self.keepers: dict[str, Any] = {}  # by node id
         self.folders: dict[str, str] = {}
         self._starting: dict[str, tuple[Any, Any]] = {}  # keepers, and the calls that say where they keep
-        self._demoted_until = 0  # the step from which on this tier is trusted again
+        self._distrusted = 0  # the newest epoch of which nothing is used
+        self._trusted_from: int | None = 0  # steps of later ones that are used; None: not known yet
 
     @property
     def on(self) -> bool:
@@ -76,24 +79,36 @@ class Memory:
                 self._starting[node] = actor, actor.place.remote()
                 actor.listen.remote(self.config.notices)
 
-    def newest(self, up_to: int) -> MemoryGeneration | None:
-        """The newest whole step of at most `up_to`; what was passed over is told."""
-        if not self.on or up_to < self._demoted_until:
+    def newest(self, up_to: int, *, later_of: int | None = None) -> MemoryGeneration | None:
+        """The newest whole step of at most `up_to`; what was passed over is told.
+
+        later_of: the epoch of which later steps count, too, if their records are there: then `up_to` is the newest one that
+            is recorded. None: no epoch.
+        """
+        trusted = self._trusted_from
+        if not self.on or trusted is None:
             return None
         held: list[Held] = []
         for found in self._ask("held").values():
             held += found.held
             for reason in found.passed_over:
                 self.say("damaged", f"passed over in memory: {reason}")
-        chosen = choose(held, up_to=up_to)
+        held = [each for each in held if each.epoch > self._distrusted and each.step >= trusted]
+        chosen = choose_told(held, up_to, later_of)
         if chosen.generation is None and chosen.reasons:
             self.say("memory", f"memory holds no whole step: {chosen.reasons[0]}", reasons=chosen.reasons[:5])
         return chosen.generation
 
-    def demote(self, step: int, why: str) -> None:
-        """This tier led to something bad at a step: until well after it, another one is asked."""
-        self._demoted_until = step + PROBATION
-        self.say("demoted", f"memory is not used until step {self._demoted_until}: {why}", step=step)
+    def demote(self, epoch: int, why: str) -> None:
+        """This tier led to something bad: what epochs up to this one have left is not used, nor what the next one writes in
+        its first steps."""
+        self._distrusted, self._trusted_from = epoch, None
+        self.say("demoted", f"what memory holds is not used: {why}", epoch=epoch)
+
+    def stood(self, step: int) -> None:
+        """A mesh was built, and goes on from a step."""
+        if self._trusted_from is None:
+            self._trusted_from = step + PROBATION
 
     def forget(self, before: int) -> None:
         """All ranks have written in epoch `before`: what earlier ones left goes."""

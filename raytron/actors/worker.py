@@ -34,6 +34,7 @@ from ray.util.placement_group import remove_placement_group
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from raytron.actors.control import control
+from raytron.actors.exhausted import where_exhausted
 from raytron.actors.keeper import fetch_through
 from raytron.actors.lease import Lease, ask_for, exit_now
 from raytron.actors.network import bind_to
@@ -41,7 +42,7 @@ from raytron.actors.seat import Seat
 from raytron.actors.versions import Versions, versions
 from raytron.checkpoint.gather import Fetch
 from raytron.checkpoint.sources import MemoryGeneration
-from raytron.errors import CheckpointError, GuardError, WorkerError
+from raytron.errors import CheckpointError, GuardError, OutOfMemoryError, WorkerError
 from raytron.observe.busy import Busy, BusyClock
 from raytron.observe.records import Record
 from raytron.parallel.mesh import Mesh, close_world, open_world
@@ -52,6 +53,7 @@ from raytron.training.guard import Rollback
 BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 IDLE = "waiting"
 WAITING_IN = os.path.join("torch", "distributed")
+PHASES = {"samples": "reading its samples", "forward": "forward and backward"}  # of a step, in words
 PEER_WORDS = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe", "store", "socket")
 
 
@@ -72,6 +74,7 @@ class TrainerLike(Protocol):
     """What a worker asks of a trainer; `raytron.training.trainer.Trainer` is the one, tests bring another."""
 
     step: int
+    phase: str
     retrace: bool
     clock: BusyClock
 
@@ -85,7 +88,7 @@ class TrainerLike(Protocol):
     def skip(self, steps: Iterable[int]) -> None: ...
     def load(self, generation: Path | str) -> None: ...
     def restore(self, generation: MemoryGeneration, node: str, fetch: Fetch) -> None: ...
-    def open_replicas(self, folder: Path | str, epoch: int) -> None: ...
+    def open_replicas(self, folder: Path | str, epoch: int, known: Callable[[], int] | None = None) -> None: ...
     def close_replicas(self) -> None: ...
     def park(self) -> Path: ...
 
@@ -184,6 +187,7 @@ class Worker:
         self._mesh: Mesh | None = None
         self._request = Request.NONE
         self._records: deque[Record] = deque()
+        self._known = 0  # the newest step of which the controller has a record
         self._doing = IDLE
         self._since = time.monotonic()
         self._thread = 0  # that does the work
@@ -231,7 +235,8 @@ class Worker:
             return None
         with self._telling("copying the state into memory"):
             try:
-                trainer.open_replicas(orders.folder, orders.epoch)
+                self._known = trainer.step
+                trainer.open_replicas(orders.folder, orders.epoch, lambda: self._known)
             except CheckpointError as error:  # on all ranks alike
                 return str(error)
         return None
@@ -317,6 +322,7 @@ class Worker:
         request: what all ranks shall hear of with the next step.
         """
         self._request |= Request(request)
+        self._known = after
         while self._records and self._records[0]["step"] <= after:
             self._records.popleft()
         step = None if self._trainer is None else self._trainer.step
@@ -379,13 +385,20 @@ class Worker:
         except (Rollback, GuardError):  # on all ranks alike
             raise
         except Exception as error:
-            kind = PeerError if is_peer_failure(error) else WorkerError
-            where = f"stage {self.shape.coords(self.rank).pp}, {doing}"
-            cause = f"{type(error).__name__}: {error}"
-            failure = kind(self.rank, where, cause, "".join(traceback.format_exception(error)))
+            failure = self._failure(error, f"stage {self.shape.coords(self.rank).pp}, {doing}")
             threading.Thread(target=self._free_peers, daemon=True).start()
             raise failure from None
         self._doing, self._since = IDLE, time.monotonic()
+
+    def _failure(self, error: Exception, where: str) -> WorkerError:
+        cause, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+        exhausted = where_exhausted(error)
+        if exhausted is None:
+            kind = PeerError if is_peer_failure(error) else WorkerError
+            return kind(self.rank, where, cause, trace)
+        phase = "" if self._trainer is None else PHASES.get(self._trainer.phase, self._trainer.phase)
+        where = f"{where}, {phase}" if phase else where
+        return OutOfMemoryError(self.rank, where, cause, trace, host=exhausted == "host")
 
     def _free_peers(self) -> None:
         """Closing a group makes gloo raise in the ranks that wait in it."""

@@ -45,9 +45,11 @@ from raytron.errors import CheckpointError
 from raytron.parallel.layout import Slice
 
 FACTS_ROOM = 1 << 18  # bytes by which facts may grow
+NOTES_ROOM = 1 << 18  # bytes of all notes beside one step
 PATIENCE_S = 5.0  # for a partner that has a segment to pull, and so much more for its bytes:
 SLOWEST = 50e6  # bytes a second
 BUFFERS = 2
+Notes = Sequence[bytes]  # JSON objects, each in one line
 log = logging.getLogger(__name__)
 
 
@@ -161,7 +163,7 @@ class Replicas:
         folders.use(self.folder)
         for buffer in range(buffers):
             path = self.folder / segment_name(self.origin.epoch, self.origin.rank, buffer)
-            file = SegmentFile(path, self.origin, parts, self._facts_bytes)
+            file = SegmentFile(path, self.origin, parts, self._facts_bytes, NOTES_ROOM)
             self._copies.lock(file)
             self._files.append(file)
 
@@ -179,21 +181,24 @@ class Replicas:
         """Whether a segment is to be written at a committed step."""
         return bool(self.every) and step % int(self.every or 1) == 0 and step != self.step
 
-    def write(self, step: int, facts: dict[str, Any]) -> None:
+    def write(self, step: int, facts: dict[str, Any], notes: Notes = ()) -> None:
         """Writes the state, which all ranks have committed as that of `step`. On a GPU it is under way when this returns:
-        call `before_update` before the state changes, and `wait` before the sum that commits the next step."""
+        call `before_update` before the state changes, and `wait` before the sum that commits the next step.
+
+        notes: JSON objects, each in one line, that this rank alone keeps beside it, together at most NOTES_ROOM bytes.
+        """
         self._copies.finish()
         file = self._files[0]
         self._files.append(self._files.pop(0))
         self.step = step
         self.hook("replicate")
         file.begin()
-        self._copies.start(file.targets, self._sources, lambda: self._publish(file, step, facts))
+        self._copies.start(file.targets, self._sources, lambda: self._publish(file, step, facts, notes))
 
-    def _publish(self, file: SegmentFile, step: int, facts: dict[str, Any]) -> None:
+    def _publish(self, file: SegmentFile, step: int, facts: dict[str, Any], notes: Notes) -> None:
         self.hook("replicated")
         try:
-            file.publish(step, facts)
+            file.publish(step, facts, notes)
         except (CheckpointError, ValueError, TypeError) as error:  # training goes on; the segment before still counts
             log.error("the state of step %d is not in memory: %s", step, error)
             self._files.remove(file)
@@ -217,18 +222,20 @@ class Replicas:
         step: int,
         facts: dict[str, Any],
         ranks: Collection[int] | None = None,
+        notes: Notes = (),
     ) -> Path:
         """Writes the state of `step` into a segment of its own and returns its path. No collective.
 
-        ranks: those that park, between which is dealt what several hold; None: everything that this rank holds.
+        ranks: those that park, between which is dealt what several hold; None: everything that this rank holds. notes: as
+            of `write`.
         Raises CheckpointError where there is no room.
         """
         parts = self.deal.parts_among(self.origin.rank, ranks)
         path = self.folder / segment_name(self.origin.epoch, self.origin.rank, "parked")
-        file = SegmentFile(path, self.origin, parts, self._facts_bytes)
+        file = SegmentFile(path, self.origin, parts, self._facts_bytes, NOTES_ROOM)
         for target, part in zip(file.targets, parts, strict=True):
             target.copy_(slices[part.name].tensor.detach())
-        file.publish(step, facts)
+        file.publish(step, facts, notes)
         return path
 
     def close(self) -> None:

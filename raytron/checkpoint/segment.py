@@ -2,7 +2,7 @@
 
     0       prefix   magic, turn, sizes of the parts                     turn is odd while the data changes, else even
     64      table    JSON: epoch, rank, world, mesh, tensors, rectangles    written once, when the file is made
-            page     JSON: step, facts, digest of the data; sealed by a digest of table and page
+            page     JSON: step, facts, digest of the data; then notes, a line each; sealed by a digest of table and page
             data     rectangles of global tensors, row-major, each from a multiple of 64 bytes on
 
 The file is made once, as large as it will ever be, and mapped: to write a step is a copy from memory to memory, without a
@@ -10,7 +10,8 @@ call to the system. A writer makes the turn odd, copies the data, writes the pag
 looks at the turn and the page before and after (a seqlock). A segment whose writer died in between stays odd for ever.
 Digests are xxh3-128, as everywhere in a checkpoint: they find every accident, and they are no proof against a forger.
 
-A `Part` says which rectangle of which tensor a rank holds, a `Rectangle` also where it stands in the file.
+A `Part` says which rectangle of which tensor a rank holds, a `Rectangle` also where it stands in the file. Facts are what
+all ranks say alike of a step; notes are what one rank keeps beside it, for whoever goes on from there.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from raytron.checkpoint.record import ELEMENT_BYTES, LARGEST
 from raytron.checkpoint.room import check_room
 from raytron.errors import CheckpointError
 
-FORMAT, VERSION = "raytron-segment", 1
+FORMAT, VERSION = "raytron-segment", 2
 SUFFIX = ".segment"
 MAGIC = b"RTsegm\x00\x01"
 PREFIX = struct.Struct("<8sQQQQ")  # magic, turn, bytes of the table, room for the page, bytes of data
@@ -93,7 +94,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """What a complete segment says of itself. size: bytes of the file; data: (first byte, bytes)."""
+    """What a complete segment says of itself. size: bytes of the file; data: (first byte, bytes); notes: JSON objects."""
 
     origin: Origin
     step: int
@@ -103,6 +104,7 @@ class Head:
     data: tuple[int, int]
     digest: str
     seal: str
+    notes: tuple[dict[str, Any], ...] = ()
 
 
 # ---- writing
@@ -114,15 +116,15 @@ class SegmentFile:
     Raises CheckpointError where there is no room for it.
     """
 
-    def __init__(self, path: Path, origin: Origin, parts: Sequence[Part], facts_bytes: int):
-        """facts_bytes: of the largest facts, as JSON, that will be written."""
+    def __init__(self, path: Path, origin: Origin, parts: Sequence[Part], facts_bytes: int, notes_bytes: int = 0):
+        """facts_bytes: of the largest facts, as JSON, that will be written; notes_bytes: of all notes and their ends."""
         self.path = path
         self.turn = 1
         starts, self.data_bytes = _places(parts)
         table = _table(origin, parts, starts)
-        room = facts_bytes + 512
+        self._room, self._notes_room = facts_bytes + 512, notes_bytes
+        room = self._room + notes_bytes
         self._page_at = TABLE_AT + len(table)
-        self._room = room
         self._data_at = _up(self._page_at + SEALED.size + room, PAGE_BYTES)
         self.size = self._data_at + self.data_bytes
         self.map = make(path, self.size)
@@ -137,16 +139,21 @@ class SegmentFile:
         self.turn |= 1
         TURN.pack_into(self.map, TURN_AT, self.turn)
 
-    def publish(self, step: int, facts: dict[str, Any]) -> None:
-        """All of `targets` is written: the segment counts, as that of this step.
+    def publish(self, step: int, facts: dict[str, Any], notes: Sequence[bytes] = ()) -> None:
+        """All of `targets` is written: the segment counts, as that of this step. notes: JSON objects, each in one line.
 
-        Raises CheckpointError where the facts have outgrown their room, ValueError or TypeError where they are not JSON.
+        Raises CheckpointError where facts or notes have outgrown their room, ValueError or TypeError where they are no JSON.
         """
         with memoryview(self.map) as view, view[self._data_at : self.size] as data:
             digest = str(xxhash.xxh3_128_hexdigest(data))
-        page = to_json({"step": step, "facts": facts, "digest": digest})
-        if len(page) > self._room:
-            raise CheckpointError(f"{self.path}: the facts of step {step} need {len(page)} bytes, not {self._room}")
+        told, noted = (
+            to_json({"step": step, "facts": facts, "digest": digest}),
+            b"".join(b"\n" + note for note in notes),
+        )
+        for what, needs, room in (("facts", len(told), self._room), ("notes", len(noted), self._notes_room)):
+            if needs > room:
+                raise CheckpointError(f"{self.path}: the {what} of step {step} need {needs} bytes, not {room}")
+        page = told + noted
         seal = digest_bytes(self._table + page)
         at = self._page_at
         SEALED.pack_into(self.map, at, len(page), seal.encode())
@@ -243,7 +250,7 @@ def glance(view: mmap.mmap) -> Newest | None:
     page_bytes, seal = SEALED.unpack_from(view, page_at)
     page = view[page_at + SEALED.size : page_at + SEALED.size + min(page_bytes, room)]
     try:
-        found = Newest(seal.decode(), _count(json.loads(page)["step"]))
+        found = Newest(seal.decode(), _count(json.loads(page.partition(b"\n")[0])["step"]))
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if TURN.unpack_from(view, TURN_AT)[0] == turn else None
@@ -268,7 +275,8 @@ def read_head(path: Path, view: mmap.mmap) -> Head:
     if digest_bytes(table + page).encode() != seal or TURN.unpack_from(view, TURN_AT)[0] != turn:
         raise CheckpointError(f"{path}: damaged: its seal does not match its content")
     try:
-        return _head(json.loads(table), json.loads(page), (data_at, data_bytes), seal.decode())
+        first, *notes = map(json.loads, page.split(b"\n"))
+        return _head(json.loads(table), first, notes, (data_at, data_bytes), seal.decode())
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {type(error).__name__}: {error}") from error
 
@@ -293,7 +301,7 @@ def read_segment(path: Path, *, digests: bool = True) -> Head:
         return head
 
 
-def _head(table: Any, page: Any, data: tuple[int, int], seal: str) -> Head:
+def _head(table: Any, page: Any, notes: list[Any], data: tuple[int, int], seal: str) -> Head:
     if table["format"] != FORMAT or table["version"] != VERSION:
         raise ValueError(f"format {table['format']!r}, version {table['version']!r} is unknown here")
     origin = Origin(
@@ -303,10 +311,12 @@ def _head(table: Any, page: Any, data: tuple[int, int], seal: str) -> Head:
         mesh=_text(table["mesh"]),
         inventory=Inventory(_count(table["inventory"][0]), _text(table["inventory"][1])),
     )
-    if not isinstance(page["facts"], dict):
-        raise ValueError("the facts are no object")
+    if not all(isinstance(each, dict) for each in (page["facts"], *notes)):
+        raise ValueError("the facts or a note are no object")
     rectangles = tuple(_rectangle(row, data) for row in table["rectangles"])
-    return Head(origin, _count(page["step"]), page["facts"], rectangles, sum(data), data, _text(page["digest"]), seal)
+    return Head(
+        origin, _count(page["step"]), page["facts"], rectangles, sum(data), data, _text(page["digest"]), seal, tuple(notes)
+    )  # fmt: skip
 
 
 def _rectangle(row: Any, data: tuple[int, int]) -> Rectangle:

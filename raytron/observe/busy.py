@@ -69,9 +69,14 @@ class BusyClock:
     def begin(self) -> None:
         self._start, self._waited = time.perf_counter(), self.mesh.waiting.seconds
 
+    @property
+    def seconds(self) -> float:
+        """Of wall time since the step began."""
+        return time.perf_counter() - self._start
+
     def end(self, step: int) -> float:
         """Keeps what step number `step` took; its wall time in seconds."""
-        wall = time.perf_counter() - self._start
+        wall = self.seconds
         busy = wall - (self.mesh.waiting.seconds - self._waited) if self.device is None else self.device.take()
         self.seen.append(Busy(step, busy, wall))
         return wall

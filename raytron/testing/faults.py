@@ -6,18 +6,20 @@
     hang rank 1 in the forward of step 3                 it answers, and gets nowhere
     break rank 0 in the forward of step 3                it raises an exception of its own, ...
     break rank 0 in every forward of step 3              ... and again whenever it comes there
+    exhaust rank 1 in every forward of step 3            it is out of memory, unless whole blocks are recomputed
     fill the disk of rank 1 in the write of step 4       OSError: no space left on device
     spoil the disk of rank 1 in the write of step 4      OSError: input/output error
     damage the memory of rank 1 in the forward of step 3 a byte of what it has written there last
     poison rank 1 in the forward of step 3               one of its weights is NaN until its next phase begins
+    ruin rank 1 in the restored                          one of its weights is NaN from then on
     flip rank 1 in the all-reduce of step 3              one bit of one of its weights
     slow rank 1 in every forward                         half a second longer
     kill rank 1 in the second build                      not in the one that every run begins with
 
 Phases are those that a trainer tells: forward, all-reduce, optimizer of step n (the one that is under way); write, publish,
-published of step n (the one that is saved); load, from memory or disk, and build, which are of no step. `every` may leave
-out the step. A fault happens once in a run, however often its place is passed, unless it says `every`: a file in a folder
-keeps account, since processes die.
+published of step n (the one that is saved); load, from memory or disk, restored, which is told after memory was read, and
+build, which are of no step. `every` may leave out the step. A fault happens once in a run, however often its place is
+passed, unless it says `every`: a file in a folder keeps account, since processes die.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ from raytron.training.open import open_trainer
 from raytron.training.trainer import Trainer
 
 SENTENCE = re.compile(
-    r"(?P<verb>kill|stop|seize|hang|break|fill the disk of|spoil the disk of|damage the memory of|poison|flip|slow) "
-    r"rank (?P<rank>\d+) in (?P<how>the|the second|every) (?P<phase>[a-z-]+)(?: of step (?P<step>\d+))?"
+    r"(?P<verb>kill|stop|seize|hang|break|exhaust|fill the disk of|spoil the disk of|damage the memory of|poison|ruin|flip|"
+    r"slow) rank (?P<rank>\d+) in (?P<how>the|the second|every) (?P<phase>[a-z-]+)(?: of step (?P<step>\d+))?"
 )
-STEPLESS = {"load", "build"}
+STEPLESS = {"load", "restored", "build"}
 UNDER_WAY = {"forward", "all-reduce", "optimizer"}
 PHASES = {*UNDER_WAY, "write", "publish", "published", *STEPLESS}
 SLOW_S = 0.5
@@ -146,6 +148,11 @@ def _break(_: Trainer | None) -> None:
     raise ZeroDivisionError("a fault that was asked for")
 
 
+def _exhaust(trainer: Trainer | None) -> None:
+    if trainer is None or trainer.plan.config.memory.recompute != "full":
+        raise torch.OutOfMemoryError("a fault that was asked for")
+
+
 def _no_space(_: Trainer | None) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -179,6 +186,10 @@ def _poison(trainer: Trainer | None) -> Heal:
     return heal
 
 
+def _ruin(trainer: Trainer | None) -> None:
+    _weight(trainer).view(-1)[0] = torch.nan
+
+
 def _flip(trainer: Trainer | None) -> None:
     bits = _weight(trainer).view(-1)[:1].view(torch.uint8)
     bits[1] ^= 64
@@ -196,10 +207,12 @@ ACTS: dict[str, Callable[[Trainer | None], Heal | None]] = {
     "seize": _seize,
     "hang": lambda _: time.sleep(FOREVER_S),
     "break": _break,
+    "exhaust": _exhaust,
     "fill the disk of": _no_space,
     "spoil the disk of": _bad_disk,
     "damage the memory of": _damage,
     "poison": _poison,
+    "ruin": _ruin,
     "flip": _flip,
     "slow": lambda _: time.sleep(SLOW_S),
 }

@@ -155,7 +155,7 @@ def _configured(folder: Path, steps: int) -> RunConfig:
 
 
 def _run(config: RunConfig, opens: Any, folder: Path, say: Callable[[str], None]) -> Result:
-    told = ("lost", "workers", "checkpoint_failed", "damaged", "guard", "error")
+    told = ("lost", "workers", "checkpoint_failed", "damaged", "demoted", "guard", "error")
 
     def watch(news: Any) -> None:
         for event in news.events:

@@ -7,7 +7,7 @@ consumed samples. Random numbers need no state, since they are a function of the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from raytron.checkpoint import gather
 from raytron.checkpoint.catalog import Generation
 from raytron.checkpoint.checkpointer import facts as read_facts
 from raytron.checkpoint.checkpointer import load as load_slices
-from raytron.checkpoint.memory import Replicas
+from raytron.checkpoint.memory import NOTES_ROOM, Replicas
 from raytron.checkpoint.saver import Phase
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.checkpoint.store import Hook, no_hook
@@ -32,6 +32,7 @@ from raytron.parallel.mesh import Mesh
 from raytron.plan.plan import Plan
 from raytron.training.at_once import AtOnce
 from raytron.training.engine import Engine, StepResult
+from raytron.training.journal import Journal
 from raytron.training.replica_digest import ReplicaDigest
 from raytron.training.replicas import Position, check_same_optimizer, committed
 from raytron.training.saves import WRITING, Saves
@@ -63,14 +64,16 @@ class Trainer:
         tracer: Tracer | None = None,
         hook: Hook = no_hook,
     ):
-        """hook: told the phases of a step (forward, all-reduce, optimizer), of a save and of a load as they begin."""
+        """hook: told the phases of a step (forward, all-reduce, optimizer), of a save and of a load as they begin, and when
+        a state has come from memory (restored)."""
         self.plan, self.mesh, self.stream, self.validation = plan, mesh, stream, validation
-        self.data_digest, self.hook = data_digest, hook
+        self.data_digest, self._hook, self.phase = data_digest, hook, ""
         self.tracer = tracer
         self.clock = BusyClock(mesh, tracer)
-        self.engine = Engine(plan, mesh, self.clock.watch, hook)
+        self.engine = Engine(plan, mesh, self.clock.watch, self.hook)
         self.at_once = AtOnce(self.engine) if plan.config.optimizer.at_once else None
         self.replicas: Replicas | None = None
+        self.journal: Journal | None = None  # of rank 0, where the state is kept in memory
         self.saves = Saves(mesh, plan.config.checkpoint.background, hook)
         self.digest = ReplicaDigest.wanted(self.engine.model, self.engine.buckets, mesh, plan.config)
         self.engine.before_update = self._before_update
@@ -79,6 +82,11 @@ class Trainer:
         self.consumed = 0  # samples of committed steps
         self.skipped_steps = 0  # committed steps that changed nothing
         self.retrace = False  # records of checks that agree hold what tells ranks apart, too, as those that do not
+
+    def hook(self, phase: str) -> None:
+        """A phase of a step, or of a load, begins; `phase` is the newest one of a step, "" between two."""
+        self.phase = phase
+        self._hook(phase)
 
     def train_step(self, request: int = 0) -> Record | None:
         """One step; the record that goes to metrics.jsonl, equal on all ranks but for times. Under `optimizer.at_once` it is
@@ -89,6 +97,7 @@ class Trainer:
         Raises GuardError or Rollback on all ranks for a step that may not be committed; nothing was changed then.
         """
         self.clock.begin()
+        self.phase = "samples"
         config, check = self.plan.config, self._compare_replicas()
         sequences = config.batch_size_at(self.consumed)
         batch = self._share(self.stream, self.consumed, sequences)
@@ -103,10 +112,11 @@ class Trainer:
         self.step += 1
         if self.tracer is not None:
             self.tracer.finish()
+        started = Started(self.step, lr, sequences, used_scale, self.clock.seconds, saving, check)
         if self.at_once is None:
-            self._replicate(result)
-        seconds = self.clock.end(self.step)
-        self._started.append(Started(self.step, lr, sequences, used_scale, seconds, saving, check))
+            self._replicate(result, started)
+        self._started.append(started._replace(seconds=self.clock.end(self.step)))
+        self.phase = ""
         return self._record(result)
 
     def _step(self, batch: Batch, lr: float, request: int, sequences: int, norms: bool) -> StepResult | None:
@@ -144,9 +154,17 @@ class Trainer:
         """The record of the first step that has none yet."""
         if result is None:
             return None
-        started, config = self._started.popleft(), self.plan.config
+        started = self._started.popleft()
+        record = self._told(started, result)
         self.skipped_steps += result.skipped
         self.saves.heard(started.saving, result.request)
+        if self.journal is not None:
+            self.journal.add(record)
+        return record
+
+    def _told(self, started: Started, result: StepResult) -> Record:
+        """The record of a step that is not counted yet."""
+        config, skipped_steps = self.plan.config, self.skipped_steps + result.skipped
         record: Record = {
             "step": started.step,
             "loss": result.loss,
@@ -161,8 +179,8 @@ class Trainer:
             record["sequences"] = started.sequences
         if self.engine.loss_scale.dynamic:
             record["loss_scale"] = started.loss_scale
-        if self.skipped_steps:
-            record["skipped_steps"] = self.skipped_steps
+        if skipped_steps:
+            record["skipped_steps"] = skipped_steps
         if result.skipped:
             record["skipped"] = True
         if result.finding is not None:
@@ -274,13 +292,15 @@ class Trainer:
 
     # ---- the state in memory
 
-    def open_replicas(self, folder: Path | str, epoch: int) -> None:
+    def open_replicas(self, folder: Path | str, epoch: int, known: Callable[[], int] | None = None) -> None:
         """From here on every `recovery.memory_every`-th committed step goes into a segment in `folder`, the first one now,
         after which earlier epochs may be forgotten; and `park` is possible. Collective; before the first step, and after
         `load` or `restore`, which end it.
 
         epoch: a number that no earlier life of this run's ranks had: of every mesh, and of every going back to an older
             step.
+        known: the newest step of which whoever drives the ranks has a record. Rank 0 keeps those of later ones beside the
+            state (`raytron.training.journal`). None: no records are kept.
 
         Raises CheckpointError on all ranks where a node has no room: the trainer can go on without.
         """
@@ -289,13 +309,15 @@ class Trainer:
         every, shape = self.plan.config.recovery.memory_every, str(self.mesh.shape)
         self.replicas = Replicas(
             folder, epoch, self.state(), self.facts(),
-            mesh=shape, group=self.mesh.control, every=every, device=self.mesh.device, hook=self.hook,
+            mesh=shape, group=self.mesh.control, every=every, device=self.mesh.device, hook=self._hook,
         )  # fmt: skip
+        if known is not None and self.mesh.rank == 0:
+            self.journal = Journal(known, NOTES_ROOM)
         if every is None:
             return
         self.engine.before_commit = self._wait_for_replicas
         if self.at_once is not None:
-            self.at_once.settled = self._replicate
+            self.at_once.settled = lambda result: self._replicate(result, next(iter(self._started), None))
         self.replicas.write(self.step, self.facts())
         self._wait_for_replicas()
 
@@ -307,7 +329,7 @@ class Trainer:
         if self.at_once is not None:
             self.at_once.settled = lambda result: None
         self.replicas.close()
-        self.replicas = None
+        self.replicas = self.journal = None
 
     def _wait_for_replicas(self) -> None:
         """Before the sum that commits a step: the one before it is where it has to be."""
@@ -315,12 +337,16 @@ class Trainer:
             with self.mesh.waiting:
                 self.replicas.wait()
 
-    def _replicate(self, result: StepResult | None) -> None:
-        """The live state is committed. result: of its step, if that has no record yet."""
+    def _replicate(self, result: StepResult | None, started: Started | None) -> None:
+        """The live state is committed. result, started: of its step, if that has no record yet."""
         if self.replicas is not None and self.replicas.due(self.step):
             skipped = result is not None and result.skipped
             at = self._position()._replace(skipped_steps=self.skipped_steps + skipped)
-            self.replicas.write(self.step, self._facts(at))
+            notes: list[bytes] = []
+            if self.journal is not None:
+                told = None if result is None or started is None else self._told(started, result)
+                notes = self.journal.lines(self.step, told)
+            self.replicas.write(self.step, self._facts(at), notes)
 
     def park(self, ranks: Collection[int] | None = None) -> Path:
         """Writes the newest committed state into a segment of its own, even after an exception in the middle of a step, and
@@ -333,7 +359,8 @@ class Trainer:
         if self.replicas is None:
             raise CheckpointError("nothing can be parked: open_replicas was not called")
         found = committed(self.engine, self.at_once, self._position(), [each.sequences for each in self._started])
-        return self.replicas.park(found.state, found.at.step, self._facts(found.at), ranks)
+        notes = [] if self.journal is None else self.journal.lines(found.at.step)
+        return self.replicas.park(found.state, found.at.step, self._facts(found.at), ranks, notes)
 
     def restore(self, generation: MemoryGeneration, node: str, fetch: gather.Fetch = gather.no_fetch) -> None:
         """As `load`, from memory. Collective. node: what the survey called this rank's node; fetch: the way to the others.
@@ -346,3 +373,4 @@ class Trainer:
         with self.engine.changing():
             facts = gather.load(self.state(), generation, node, fetch, self.mesh.control)
             self._go_on(facts)
+        self.hook("restored")

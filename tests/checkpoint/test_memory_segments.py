@@ -16,7 +16,7 @@ from raytron.checkpoint import gather, segment
 from raytron.checkpoint.coverage import Box
 from raytron.checkpoint.folder import memory_folder
 from raytron.checkpoint.gather import Window, read_windows
-from raytron.checkpoint.memory import Replicas, segment_name
+from raytron.checkpoint.memory import NOTES_ROOM, Replicas, segment_name
 from raytron.checkpoint.segment import Inventory, Origin, Part, SegmentFile, read_segment
 from raytron.checkpoint.sources import choose, survey
 from raytron.errors import CheckpointError
@@ -219,6 +219,46 @@ def test_facts_that_can_not_be_written_cost_no_more_than_a_segment(tmp_path, cap
     fill(replicas.slices, 3.0)
     replicas.write(3, facts(3))
     assert restored(tmp_path) == (3, 3.0)
+
+
+def test_notes_are_of_one_rank_and_come_back_with_the_step(tmp_path):
+    replicas = Replicas(tmp_path, 1, state(0.0), {})
+    replicas.write(1, facts(1))
+    replicas.write(2, facts(2), [b'{"step":1}', b'{"step":2,"loss":0.25}'])
+    assert {held.step: held.head.notes for held in survey(tmp_path, "here").held} == {
+        1: (),
+        2: ({"step": 1}, {"step": 2, "loss": 0.25}),
+    }
+    assert restored_facts(tmp_path) == facts(2)
+    with segment.mapped(replicas.newest) as view:
+        assert segment.glance(view).step == 2
+    flip(replicas.newest, replicas.newest.read_bytes().index(b'"loss"') + 2)
+    (reason,) = survey(tmp_path, "here").passed_over
+    assert "its seal does not match" in reason
+
+
+@pytest.mark.parametrize("note", [b"[1]", b"{", b'{"a": 1}\n7'])
+def test_notes_that_are_no_objects_make_no_segment(tmp_path, note):
+    replicas = Replicas(tmp_path, 1, state(0.0), {})
+    replicas.write(1, facts(1), [note])
+    found = survey(tmp_path, "here")
+    assert not found.held
+    assert ["damaged" in reason for reason in found.passed_over].count(True) == 1
+
+
+def test_more_notes_than_there_is_room_for_cost_no_more_than_a_segment(tmp_path, caplog):
+    replicas = Replicas(tmp_path, 1, state(0.0), {})
+    replicas.write(1, facts(1))
+    replicas.write(2, facts(2), [b"{}"] * (NOTES_ROOM // 3 + 1))
+    assert "the notes of step 2 need" in caplog.text
+    replicas.write(3, facts(3), [b"{}"] * (NOTES_ROOM // 3))
+    assert [held.step for held in survey(tmp_path, "here").held] == [1, 3]
+
+
+def restored_facts(folder: Path) -> dict[str, Any]:
+    generation = choose(survey(folder, "here").held).generation
+    assert generation is not None
+    return generation.facts
 
 
 def test_a_machine_without_tmpfs_is_told_so(monkeypatch, tmp_path):
