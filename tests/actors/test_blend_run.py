@@ -50,7 +50,9 @@ def test_a_blend_goes_on_with_a_later_stage_and_not_with_other_weights(tmp_path,
     """Eight samples are read; what comes after them may change."""
     train(load({**TINY, "name": "one", "run_dir": str(tmp_path / "run"), "steps": 2, "data": {"dataset": str(dataset)}}),
           quiet=True)  # fmt: skip
-    with pytest.raises(ConfigError, match=r"the data is not what step-.* was trained on: there were 1 sources and are 2"):
+    with pytest.raises(
+        ConfigError, match=r"the data is not what step-.* was trained on: there were 1 sources and are 2"
+    ):
         train(blended(tmp_path, [0.5, 0.5], dataset, digits, steps=4), quiet=True)
     stage = {"start_step": 2, "weights": [0.5, 0.5]}
     more = train(blended(tmp_path, [1, 0], dataset, digits, steps=4, stages=[stage]), quiet=True)
