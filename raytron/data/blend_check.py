@@ -50,27 +50,25 @@ def blend_problems(config: RunConfig) -> list[Problem]:
     return found or [*_too_often(config, datasets)]
 
 
-def validation_problems(config: RunConfig, first: Path | str | None) -> list[Problem]:
-    """What keeps a run from using `data.validation`. first: the folder of a data set that it trains on, if there is one."""
+def validation_problems(config: RunConfig, folders: Sequence[Path | str]) -> list[Problem]:
+    """What keeps a run from using `data.validation`. folders: of the data sets that it trains on, where they are there."""
     found: list[Problem] = []
     if not config.data.validation:
         return found
-    trained = None
-    if first is not None:
-        try:
-            trained = open_dataset(first)
-        except RaytronError:
-            return found  # named where the data to train on is looked at
+    try:
+        trained = [open_dataset(folder) for folder in folders]
+    except RaytronError:
+        return found  # named where the data to train on is looked at
     for number, each in enumerate(config.data.validation):
         where = f"data.validation[{number}].dataset"
         dataset = _opened(where, each.dataset, found)
         if dataset is None:
             continue
-        if trained is not None:
-            found += _unlike(where, dataset, trained, "the data to train on")
-            if each.split == "train" and dataset.hash == trained.hash:
-                what = f"{dataset.path} is trained on, and its train split would be validated on"
-                found.append(Problem(f"data.validation[{number}].split", what, "use validation, or another data set"))
+        if trained:
+            found += _unlike(where, dataset, trained[0], "the data to train on")
+        if each.split == "train" and dataset.hash in [other.hash for other in trained]:
+            what = f"{dataset.path} is trained on, and its train split would be validated on"
+            found.append(Problem(f"data.validation[{number}].split", what, "use validation, or another data set"))
         if not samples_in(dataset, each.split, config.sequence_length).any():
             short = too_short(dataset, each.split, config.sequence_length)
             found.append(short._replace(where=where, what=f"{dataset.path}: {short.what}"))
@@ -93,7 +91,9 @@ def epochs_notice(data: RunData) -> str:
         return f"{config.steps} steps read {tokens:,} tokens: {_times(read[0])} all there are"
     shown = [f"{name} {times:.3g}" for name, times in zip(source_names(config), read, strict=True)]
     more = [f"and {len(shown) - SHOWN} more"] if len(shown) > SHOWN else []
-    return f"{config.steps} steps read {tokens:,} tokens, epochs: {', '.join([*shown[:SHOWN], *more])}"
+    begins = [f"{step_of(config, stage.start):,}" for stage in data.recipe.stages[1:]]
+    stages = f"; other weights from step {', '.join(begins)} on" if begins else ""
+    return f"{config.steps} steps read {tokens:,} tokens, epochs: {', '.join([*shown[:SHOWN], *more])}{stages}"
 
 
 def _times(epochs: float) -> str:

@@ -32,9 +32,9 @@ def build_config(data: DataConfig) -> dict[str, object]:
 def data_problems(config: RunConfig) -> list[Problem]:
     """Everything that keeps a run from using its data, as far as can be told without reading text."""
     if config.data.blend:
-        return [*blend_problems(config), *validation_problems(config, config.data.blend[0].dataset)]
+        return [*blend_problems(config), *validation_problems(config, [source.dataset for source in config.data.blend])]
     ready = config.data.dataset is not None or (data_folder(config) / FILE_NAME).exists()
-    return [*_single_problems(config), *validation_problems(config, data_folder(config) if ready else None)]
+    return [*_single_problems(config), *validation_problems(config, [data_folder(config)] if ready else [])]
 
 
 def _single_problems(config: RunConfig) -> list[Problem]:

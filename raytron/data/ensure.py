@@ -22,7 +22,7 @@ def ensure_data(config: RunConfig, report: Report = silent) -> Path:
         folder, found = Path(config.data.blend[0].dataset), data_problems(config)
     else:
         folder = ensure_dataset(config, report)
-        found = validation_problems(config, folder)
+        found = validation_problems(config, [folder])
     if found:
         raise ConfigError(found)
     return folder

@@ -79,10 +79,11 @@ def test_ten_thousand_meshes_read_each_sample_exactly_once() -> None:
         dp = int(random.integers(1, GLOBAL // micro_batch + 1))
         bounds = [part_of(consumed, GLOBAL, rank, dp, micro_batch) for rank in range(dp)]
         rank = int(random.integers(dp))
-        some = order.locate(np.arange(*bounds[rank]))  # what one rank finds is a part of what all find
         step = order.locate(np.arange(bounds[0][0], bounds[-1][1]))
-        here = slice(bounds[rank][0] - consumed, bounds[rank][1] - consumed)
-        assert all(np.array_equal(part[here], mine) for part, mine in zip(step, some, strict=True))
+        if random.random() < 0.2:  # what one rank finds is a part of what all find
+            some = order.locate(np.arange(*bounds[rank]))
+            here = slice(bounds[rank][0] - consumed, bounds[rank][1] - consumed)
+            assert all(np.array_equal(part[here], mine) for part, mine in zip(step, some, strict=True))
         assert [edge for bound in bounds for edge in bound][1:-1:2] == [start for start, _ in bounds[1:]]
         uneven += GLOBAL // micro_batch % dp > 0
         if random.random() < 0.1:

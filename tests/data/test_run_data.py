@@ -154,7 +154,8 @@ def test_stages_count_in_how_often_a_source_is_read(sources: list[Dataset]) -> N
     config = blended(sources, [1, 0, 0], stages, steps=21)
     data = open_run_data(config, "unused")
     assert epochs_read(data, 168) == [40 / 50, 64 / 20, 64 / 10]
-    assert epochs_notice(data) == "21 steps read 672 tokens, epochs: web 0.8, code 3.2, books 6.4"
+    notice = epochs_notice(data)
+    assert notice == "21 steps read 672 tokens, epochs: web 0.8, code 3.2, books 6.4; other weights from step 6 on"
 
 
 def test_how_often_one_data_set_is_read(sources: list[Dataset]) -> None:
@@ -188,6 +189,9 @@ def test_validation_sets_are_checked_against_what_is_trained_on(sources: list[Da
         {"name": "books", "dataset": str(sources[2].path)},
         {"name": "absent", "dataset": str(tmp_path / "absent")},
     ]
+    own = {"name": "own", "dataset": str(sources[1].path), "split": "train"}
+    (problem,) = data_problems(blended(sources, [0.5, 0.25, 0.25], **{"data.validation": [own]}))
+    assert problem.where == "data.validation[0].split"
     config = load({"data": {"dataset": str(sources[0].path), "validation": named}, "sequence_length": LENGTH})
     found = {problem.where: problem.what for problem in data_problems(config)}
     assert set(found) == {f"data.validation[{number}].dataset" for number in (1, 2, 3)} | {"data.validation[0].split"}
