@@ -161,10 +161,8 @@ class BlendOrder:
         drawn = np.repeat(np.tile(np.arange(count), len(blocks)), counts.ravel()).reshape(-1, size)  # source by source
         shift = np.diff(before) - ends[:, :-1]
         running = np.repeat(shift.ravel(), counts.ravel()).reshape(-1, size) + np.arange(size)
-        bits = np.int64(size.bit_length())
-        dealt = np.sort(drawn << bits | self._slots(stage, blocks), axis=1) - (
-            drawn << bits
-        )  # slots ascend in a source
+        high = drawn << np.int64(size.bit_length())
+        dealt = np.sort(high | self._slots(stage, blocks), axis=1) - high  # a source's slots ascend
         source, index = np.empty_like(drawn), np.empty_like(drawn)
         np.put_along_axis(source, dealt, drawn, 1)
         np.put_along_axis(index, dealt, running, 1)
