@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ClusterConfig,
         DataConfig,
         DataParallelConfig,
+        DataStageConfig,
         ElasticConfig,
         EvaluateConfig,
         ExpertsConfig,
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
         RecoveryConfig,
         ResumeConfig,
         RunConfig,
+        SourceConfig,
         TokenizerConfig,
+        ValidationConfig,
         load,
     )
     from raytron.errors import (
@@ -57,10 +60,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "raytron.actors.run": ("Run", "attach", "launch", "train"),
     "raytron.config": (
-        "BatchRampConfig", "CheckpointConfig", "ClusterConfig", "DataConfig", "DataParallelConfig", "ElasticConfig",
-        "EvaluateConfig", "ExpertsConfig", "GuardConfig", "LearningRateConfig", "MemoryConfig", "MeshConfig",
-        "ModelConfig", "ObserveConfig", "OptimizerConfig", "ParameterGroup", "PipelineConfig", "PrecisionConfig",
-        "RecoveryConfig", "ResumeConfig", "RunConfig", "TokenizerConfig", "load",
+        "BatchRampConfig", "CheckpointConfig", "ClusterConfig", "DataConfig", "DataParallelConfig", "DataStageConfig",
+        "ElasticConfig", "EvaluateConfig", "ExpertsConfig", "GuardConfig", "LearningRateConfig", "MemoryConfig",
+        "MeshConfig", "ModelConfig", "ObserveConfig", "OptimizerConfig", "ParameterGroup", "PipelineConfig",
+        "PrecisionConfig", "RecoveryConfig", "ResumeConfig", "RunConfig", "SourceConfig", "TokenizerConfig",
+        "ValidationConfig", "load",
     ),
     "raytron.errors": (
         "CheckpointError", "ClusterError", "ConfigError", "DataError", "GuardError", "Problem", "RaytronError",
@@ -82,6 +86,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "DataParallelConfig",
+    "DataStageConfig",
     "ElasticConfig",
     "EvaluateConfig",
     "ExpertsConfig",
@@ -105,7 +110,9 @@ __all__ = [
     "Run",
     "RunConfig",
     "ScheduleError",
+    "SourceConfig",
     "TokenizerConfig",
+    "ValidationConfig",
     "WorkerError",
     "attach",
     "launch",

@@ -35,6 +35,7 @@ LAZY = {
     "simulated events": ("raytron.plan.trace", "simulated_events"),
     "trace file": ("raytron.plan.trace", "document"),
     "data page": ("raytron.data.describe", "describe"),
+    "sample page": ("raytron.data.sample_page", "describe_sample"),
     "checkpoint page": ("raytron.checkpoint.describe", "describe"),
     "generate": ("raytron.training.generate", "generate"),
     "upcycle": ("raytron.training.upcycle", "upcycle"),
@@ -112,6 +113,9 @@ def tokenize(given: argparse.Namespace) -> int:
 
 
 def inspect(given: argparse.Namespace) -> int:
+    if given.sample is not None:
+        print(lazy("sample page")(given.path, given.sample, given.sequence_length, given.seed))
+        return 0
     page = "data page" if (Path(given.path) / MANIFEST).exists() else "checkpoint page"
     print(lazy(page)(given.path, verify=given.verify))
     return 0
@@ -208,8 +212,13 @@ def _parser() -> argparse.ArgumentParser:
             )
             made.add_argument("--times", metavar="RUN_DIR", help="simulate with the times that a run has measured")
     made = add(inspect, "show a checkpoint, a run directory or a data set")
-    made.add_argument("path", metavar="CHECKPOINT|DATASET")
+    made.add_argument("path", metavar="CHECKPOINT|DATASET|RUN_DIR")
     made.add_argument("--verify", action="store_true", help="also read and check every byte")
+    made.add_argument(
+        "--sample", type=int, metavar="ID", help="show one training sample of a run directory or a data set"
+    )
+    made.add_argument("--sequence-length", type=int, metavar="TOKENS", help="of a data set's samples")
+    made.add_argument("--seed", type=int, default=0, help="of the order of a data set's samples")
     made = add(trace, "join the timelines that a run's ranks recorded, and compare them with the simulation")
     made.add_argument("run", metavar="RUN_DIR")
     made.add_argument("--out", metavar="FILE", help="else RUN_DIR/trace/trace.json")

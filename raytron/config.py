@@ -252,8 +252,39 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One data set of a blend."""
+
+    dataset: str = ""  # a tokenized data set
+    weight: float = 1.0  # share of the samples, all shares together 1; 0: none until a stage gives it some
+    max_epochs: float | None = None  # how often a run may read it at most; None: without limit
+
+
+@dataclass(frozen=True)
+class DataStageConfig:
+    """Other weights of a blend from one sample on; earlier samples stay as they were."""
+
+    start_step: int | None = None  # begins after so many steps; or
+    start_sample: int | None = None  # with the sample of this id
+    weights: tuple[float, ...] = ()  # one for each entry of data.blend, all together 1
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """One validation set, whose loss is told by its name."""
+
+    name: str = ""
+    dataset: str = ""  # a tokenized data set
+    split: Literal["validation", "train"] = "validation"  # of it; train: where all of a data set was kept apart
+
+
+@dataclass(frozen=True)
 class DataConfig:
     dataset: str | None = None  # a tokenized data set; None: prepared from `sources` into run_dir/data
+    blend: tuple[SourceConfig, ...] = ()  # several data sets by weight, in place of `dataset` and `sources`
+    blend_block: int = 1024  # samples among which each source of a blend has its exact share
+    stages: tuple[DataStageConfig, ...] = ()  # a curriculum: later weights of the blend
+    validation: tuple[ValidationConfig, ...] = ()  # the first is the main one; (): the data's own validation splits
     sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, or the word python-stdlib
     text_key: str = "text"  # field or column of JSONL and Parquet sources
     document_mask: bool = False  # attention does not cross the end of a document, and positions begin anew after it
@@ -428,6 +459,16 @@ class RunConfig:
         if consumed >= self.batch_ramp.samples or rise == 0:
             return self.global_batch_size
         return self.batch_sizes[consumed * rise // self.batch_ramp.samples]
+
+    def samples_after(self, steps: int) -> int:
+        """Sequences that the first `steps` steps consume."""
+        consumed, left = 0, steps
+        rise = len(self.batch_sizes) - 1
+        for level, size in enumerate(self.batch_sizes[:-1], start=1):
+            level_end = -(-level * self.batch_ramp.samples // rise)  # the first count that belongs to the next level
+            taken = min(left, max(0, -(-(level_end - consumed) // size)))
+            consumed, left = consumed + taken * size, left - taken
+        return consumed + left * self.global_batch_size
 
     @property
     def lr_horizon(self) -> int:

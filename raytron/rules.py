@@ -127,6 +127,7 @@ RANGES: tuple[Range, ...] = (
     *_at_least(1, "lr.decay_steps"),
     Range("lr.stable_fraction", 0, 1),
     Range("data.validation_fraction", 0, 1, open_low=True, open_high=True),
+    Range("data.blend_block", 1, 1 << 20),
     *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
     *_at_least(1, "checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best"),
@@ -648,7 +649,8 @@ def _batch_ramp(config: RunConfig) -> Iterator[Problem]:
 
 def _ramp_levels(config: RunConfig) -> Iterator[Problem]:
     """Every batch size on the way obeys what the full one obeys; the first that does not is told."""
-    checks = [check for reads, check in RULES if "global_batch_size" in reads.split() and check is not _batch_ramp]
+    others = (_batch_ramp, _data_stages)
+    checks = [check for reads, check in RULES if "global_batch_size" in reads.split() and check not in others]
     told = {problem.where for check in checks for problem in check(config)}
     for size in config.batch_sizes[:-1]:
         level = dataclasses.replace(config, global_batch_size=size)
@@ -680,7 +682,7 @@ def _gradient_noise(config: RunConfig) -> Iterator[Problem]:
 
 def _data(config: RunConfig) -> Iterator[Problem]:
     data, vocab = config.data, config.model.vocab
-    if data.dataset is not None:
+    if data.dataset is not None or data.blend:
         return
     if not data.sources:
         yield Problem("data.sources", "no data set and no sources", "name files, or python-stdlib, or set data.dataset")
@@ -688,6 +690,88 @@ def _data(config: RunConfig) -> Iterator[Problem]:
         what = f"a tokenizer of {data.tokenizer.vocab} tokens makes ids beyond the model's vocabulary of {vocab}"
         remedy = f"use at most {vocab}, or set model.vocab to {data.tokenizer.vocab}"
         yield Problem("data.tokenizer.vocab" if vocab >= 257 else "model.vocab", what, remedy)
+
+
+WEIGHTS_SUM = 1e-3  # how far from 1 weights may be, for they are written by hand
+LEAST_SHARE = 1 + 1e-6  # samples of a block that a source has at least, with room for rounding
+
+
+def _blend(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if not data.blend:
+        return
+    if data.dataset is not None:
+        what = "a run reads one data set or a blend, and data.dataset names one"
+        yield Problem(
+            "data.blend", what, "set data.dataset to null and name it in data.blend, or leave data.blend empty"
+        )
+    for number, source in enumerate(data.blend):
+        where = f"data.blend[{number}]"
+        if not source.dataset.strip():
+            yield Problem(f"{where}.dataset", "is empty", "name the folder of a tokenized data set")
+        if source.max_epochs is not None and source.max_epochs <= 0:
+            yield Problem(f"{where}.max_epochs", f"{source.max_epochs:g} is too small", "use more than 0, or null")
+        late = any(number < len(stage.weights) and stage.weights[number] > 0 for stage in data.stages)
+        if source.weight == 0 and not late:
+            yield Problem(f"{where}.weight", "is 0 in every stage: it is never read", "give it a weight, or remove it")
+    yield from _weights("data.blend", [source.weight for source in data.blend], data.blend_block)
+
+
+def _weights(where: str, weights: Sequence[float], block: int) -> Iterator[Problem]:
+    """Shares of samples: not negative, together 1, and enough for whole samples in a block."""
+    if min(weights, default=0) < 0:
+        yield Problem(where, f"a weight of {min(weights):g} is too small", "use 0 or more")
+        return
+    total = sum(weights)
+    if abs(total - 1) > WEIGHTS_SUM:
+        normal = ", ".join(f"{weight / total:.6g}" for weight in weights) if total > 0 else "weights that sum to 1"
+        yield Problem(where, f"the weights sum to {total:g}, not to 1", f"use {normal}")
+        return
+    for number, weight in enumerate(weights):
+        share = weight / total
+        if 0 < share * block < LEAST_SHARE:
+            larger = 1 << math.ceil(math.log2(LEAST_SHARE / share))
+            what = f"the weight {weight:g} of source {number} is less than one sample in a block of {block}"
+            bigger = f", or data.blend_block of {larger}" if larger <= 1 << 20 else ""
+            yield Problem(where, what, f"use 0, or at least {math.ceil(LEAST_SHARE / block * 1e7) / 1e7:g}{bigger}")
+
+
+def _data_stages(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if not data.blend:
+        return
+    before = 0
+    for number, stage in enumerate(data.stages):
+        where = f"data.stages[{number}]"
+        starts = [start for start in (stage.start_step, stage.start_sample) if start is not None]
+        if len(starts) != 1:
+            what = "names both a step and a sample" if starts else "does not say when it begins"
+            yield Problem(where, what, "set one of start_step and start_sample")
+            continue
+        key = "start_step" if stage.start_sample is None else "start_sample"
+        start = config.samples_after(starts[0]) if key == "start_step" else starts[0]
+        if start <= before:
+            what = f"begins with sample {start}, and the stage before it with sample {before}"
+            yield Problem(f"{where}.{key}", what, "order stages by their beginning, which is after the first sample")
+        before = max(before, start)
+        if len(stage.weights) != len(data.blend):
+            what = f"{_counted(len(stage.weights), 'weights')} for {_counted(len(data.blend), 'entries')} of data.blend"
+            yield Problem(f"{where}.weights", what, "give one for each, 0 for a source that is not read")
+        else:
+            yield from _weights(f"{where}.weights", stage.weights, data.blend_block)
+
+
+def _validation_sets(config: RunConfig) -> Iterator[Problem]:
+    names = [each.name for each in config.data.validation]
+    for number, each in enumerate(config.data.validation):
+        where = f"data.validation[{number}]"
+        if not re.fullmatch(r"[\w.-]+", each.name):
+            remedy = "use letters, digits, and . _ - only: losses are told by it"
+            yield Problem(f"{where}.name", f"{each.name!r} is no name", remedy)
+        elif each.name in names[:number]:
+            yield Problem(f"{where}.name", f"{each.name!r} is taken", "give each validation set a name of its own")
+        if not each.dataset.strip():
+            yield Problem(f"{where}.dataset", "is empty", "name the folder of a tokenized data set")
 
 
 def _trace(config: RunConfig) -> Iterator[Problem]:
@@ -867,6 +951,28 @@ UNUSED: tuple[Unused, ...] = (
         "set evaluate.every, to a multiple of checkpoint.every",
     ),
     Unused(
+        "data.blend_block data.stages",
+        "data.blend",
+        lambda config: bool(config.data.blend),
+        "without a blend",
+        "name the data sets of data.blend",
+    ),
+    Unused(
+        "data.sources data.text_key data.validation_fraction data.shard_mb data.max_mb data.tokenizer.vocab "
+        "data.tokenizer.train_mb",
+        "data.blend",
+        lambda config: not config.data.blend,
+        "on the data sets of data.blend, which are tokenized already",
+        "leave data.blend empty",
+    ),
+    Unused(
+        "data.validation",
+        "evaluate.batches",
+        lambda config: config.evaluate.batches > 0,
+        "where evaluate.batches is 0",
+        "set evaluate.batches to 1 or more",
+    ),
+    Unused(
         "evaluate.every",
         "evaluate.batches",
         lambda config: config.evaluate.batches > 0,
@@ -931,6 +1037,13 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ),
     ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero data_parallel.reduce determinism", _gradient_noise),
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
+    ("data.blend data.blend_block data.stages data.dataset", _blend),
+    (
+        "data.blend data.blend_block data.stages steps global_batch_size batch_ramp.start batch_ramp.increment "
+        "batch_ramp.samples",
+        _data_stages,
+    ),
+    ("data.validation", _validation_sets),
     ("", _texts),
     *((f"{row.keys} {row.reads}", row.check) for row in UNUSED),
     ("resume.allow", _resume),

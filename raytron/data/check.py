@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from raytron.config import DataConfig, RunConfig, to_mapping
+from raytron.data.blend_check import blend_problems, validation_problems
 from raytron.data.corpus import resolve
 from raytron.data.manifest import FILE_NAME
 from raytron.data.shards import Dataset, open_dataset
@@ -30,6 +31,14 @@ def build_config(data: DataConfig) -> dict[str, object]:
 
 def data_problems(config: RunConfig) -> list[Problem]:
     """Everything that keeps a run from using its data, as far as can be told without reading text."""
+    if config.data.blend:
+        return [*blend_problems(config), *validation_problems(config, [source.dataset for source in config.data.blend])]
+    ready = config.data.dataset is not None or (data_folder(config) / FILE_NAME).exists()
+    return [*_single_problems(config), *validation_problems(config, [data_folder(config)] if ready else [])]
+
+
+def _single_problems(config: RunConfig) -> list[Problem]:
+    """What keeps a run from using its one data set."""
     try:
         if config.data.dataset is not None or (data_folder(config) / FILE_NAME).exists():
             return dataset_problems(open_dataset(data_folder(config)), config)

@@ -33,7 +33,7 @@ def _splits(dataset: Dataset) -> Iterator[str]:
     yield f"  {'split':<12}{'shards':>8}{'documents':>13}{'tokens':>16}{'size':>12}"
     for split in SPLITS:
         entries = dataset.entries(split)
-        size = sum(entry.bytes for entry in entries) / 2**20
+        size = int(entries.column("bytes").sum()) / 2**20
         counts = f"{dataset.documents(split):>13,}{dataset.tokens(split):>16,}"
         yield f"  {split:<12}{len(entries):>8}{counts}{size:>8.1f} MiB"
 

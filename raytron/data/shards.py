@@ -17,6 +17,7 @@ import numpy as np
 
 from raytron.data.manifest import Manifest, ShardEntry, Split, read_manifest
 from raytron.data.shard_file import REBUILD, Shard, digest_of, read_shard
+from raytron.data.shard_table import ShardTable
 from raytron.errors import DataError, Problem
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -54,18 +55,21 @@ class Dataset:
         """Nats per training token, for a model that knows only how often each occurs."""
         return self.manifest.unigram.nats
 
-    def entries(self, split: Split) -> tuple[ShardEntry, ...]:
-        return tuple(entry for entry in self.manifest.shards if entry.split == split)
+    def entries(self, split: Split) -> ShardTable:
+        """The shards of a split, as a sequence of ShardEntry and as columns."""
+        return self.manifest.table.of_split(split)
 
     def tokens(self, split: Split) -> int:
-        return sum(entry.tokens for entry in self.entries(split))
+        return int(self.entries(split).column("tokens").sum())
 
     def documents(self, split: Split) -> int:
-        return sum(entry.documents for entry in self.entries(split))
+        return int(self.entries(split).column("documents").sum())
 
     def read(self, entry: ShardEntry) -> Shard:
-        """Maps one shard. Raises DataError where it is missing or does not hold what its entry says."""
+        """Maps one shard. Raises DataError where it is missing, a link out of the folder, or not what its entry says."""
         path = self.path / entry.path
+        if path.is_symlink() and not path.resolve().is_relative_to(self.path.resolve()):
+            raise DataError(Problem(str(path), "the shard lies outside the data set", REBUILD))
         shard = read_shard(path)
         if (len(shard.tokens), shard.documents) != (entry.tokens, entry.documents):
             what = (
