@@ -11,7 +11,7 @@ from raytron.config import DataConfig, RunConfig, to_mapping
 from raytron.data.corpus import resolve
 from raytron.data.manifest import FILE_NAME
 from raytron.data.shards import Dataset, open_dataset
-from raytron.data.tokenizer import SMALLEST_VOCAB, Tokenizer
+from raytron.data.tokenizer import SMALLEST_VOCAB, Tokenizer, token_ids
 from raytron.errors import ConfigError, DataError, Problem, RaytronError
 
 BUILD_KEYS = ("sources", "text_key", "validation_fraction", "shard_mb", "max_mb", "tokenizer")
@@ -46,7 +46,20 @@ def dataset_problems(dataset: Dataset, config: RunConfig) -> list[Problem]:
     found = dataset.misfits(vocab=config.model.vocab, tokenizer_sha256=digest)
     if data.dataset is None:
         found += other_build(dataset, data)
-    return found
+    return found + fim_problems(dataset.tokenizer, data)
+
+
+def fim_problems(tokenizer: Path, data: DataConfig) -> list[Problem]:
+    """Each token that filling in the middle needs and a tokenizer.json lacks. Raises DataError where it can't be read."""
+    if not data.fim.rate:
+        return []
+    names = {key: getattr(data.fim, key) for key in ("prefix", "middle", "suffix")}
+    remedy = "name one that it has, or use another tokenizer"
+    return [
+        Problem(f"data.fim.{key}", f"{tokenizer} has no token {name!r}", remedy)
+        for (key, name), number in zip(names.items(), token_ids(tokenizer, list(names.values())), strict=True)
+        if number is None
+    ]
 
 
 def other_build(dataset: Dataset, data: DataConfig) -> list[Problem]:
@@ -75,6 +88,7 @@ def source_problems(data: DataConfig) -> list[Problem]:
     try:
         if data.tokenizer.path is not None:
             Tokenizer(data.tokenizer.path, data.tokenizer.eod)
+            found += fim_problems(Path(data.tokenizer.path), data)
     except RaytronError as error:
         found += problems_of(error, "data.tokenizer.path")
     return found

@@ -20,6 +20,7 @@ from raytron.data.compact import SPLITS, compact
 from raytron.data.corpus import Corpus, resolve, sample
 from raytron.data.manifest import FILE_NAME, Manifest, ShardEntry, Unigram, write_manifest
 from raytron.data.order import permute
+from raytron.data.reader import has_samples, open_reader
 from raytron.data.shard_file import read_shard, token_dtype
 from raytron.data.shards import TOKENIZER_NAME, open_dataset
 from raytron.data.tokenize import Job, Report, Tokenized, require_ray, tokenize_corpus
@@ -43,9 +44,13 @@ def ensure_dataset(config: RunConfig, report: Report = silent) -> Path:
     folder = data_folder(config)
     if config.data.dataset is None:
         prepare(config.data, folder, report)
-    found = dataset_problems(open_dataset(folder), config)
+    dataset = open_dataset(folder)
+    found = dataset_problems(dataset, config)
     if found:
         raise ConfigError(found)
+    for split in SPLITS:
+        if split == "train" or (config.evaluate.batches and has_samples(config, dataset, split)):
+            open_reader(config, dataset, split, verify=True)  # makes the pack plan, before many workers would
     return folder
 
 
