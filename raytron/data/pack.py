@@ -122,25 +122,27 @@ class PackPlan:
 def cut(offsets: NDArray[np.int64], sequence_length: int, whole: bool) -> tuple[Pieces, PackReport]:
     """The pieces of documents that begin at `offsets` (documents + 1,), and what became of the documents."""
     lengths = np.diff(offsets)
-    count = -(-(lengths - 1) // sequence_length)  # pieces of each document, none of a single token
-    long = count > 1
-    if whole:
-        count[long] = 0
-    total = int(count.sum())
-    number = np.arange(total) - np.repeat(np.cumsum(count) - count, count)  # of each piece in its document
-    skipped = number * sequence_length
-    pieces = Pieces(
-        np.repeat(offsets[:-1], count) + skipped,
-        np.minimum(np.repeat(lengths, count) - skipped, sequence_length + 1),
-    )
+    long = np.flatnonzero(lengths > sequence_length + 1)
+    count = (lengths > 1).astype(np.int64)  # pieces of each document, none of a single token
+    single = len(count) - int(count.sum())
+    count[long] = 0 if whole else -(-(lengths[long] - 1) // sequence_length)
+    document = np.repeat(np.arange(len(lengths)), count)
+    pieces = Pieces(offsets[document], lengths[document])
+    several = count[long]  # pieces of each that is cut
+    number = np.arange(several.sum()) - np.repeat(
+        np.cumsum(several) - several, several
+    )  # of each piece in its document
+    at = np.repeat(np.cumsum(count)[long] - several, several) + number
+    pieces.starts[at] += number * sequence_length
+    pieces.lengths[at] = np.minimum(pieces.lengths[at] - number * sequence_length, sequence_length + 1)
     report = PackReport(
         documents=len(lengths),
         tokens=int(lengths.sum()),
-        cut=0 if whole else int(long.sum()),
-        dropped=int(long.sum()) if whole else 0,
+        cut=0 if whole else len(long),
+        dropped=len(long) if whole else 0,
         dropped_tokens=int(lengths[long].sum()) if whole else 0,
-        single=int((lengths < 2).sum()),
-        pieces=total,
+        single=single,
+        pieces=len(document),
     )
     return pieces, report
 
