@@ -1,7 +1,7 @@
 """Span corruption: spans of a text are left out, and the model says what they were (T5: Raffel et al., arXiv 1910.10683).
 
     tokens     Thank you for inviting me to your party last week         noise: "for inviting", "last"
-    inputs     Thank you <X> me to your party <Y> week
+    inputs     Thank you <X> me to your party <Y> week <eod>
     targets    <X> for inviting <Y> last <eod>
 
 15 % of the tokens are noise, in spans of 3 on average. Noise and the rest are each cut in as many parts at places drawn at
@@ -26,7 +26,7 @@ SITE = 0x543553  # sets these draws apart from others of the same seed
 class Corrupted(NamedTuple):
     """One text as a model is asked for it."""
 
-    inputs: NDArray[np.int64]  # (n - noise + spans,)
+    inputs: NDArray[np.int64]  # (n - noise + spans + 1,)
     targets: NDArray[np.int64]  # (noise + spans + 1,)
 
 
@@ -36,7 +36,7 @@ class SpanCorruption:
 
     seed: int
     vocab: int  # sentinels are vocab - 1, vocab - 2, …
-    eod: int  # id that ends the targets
+    eod: int  # id that ends inputs and targets
     rate: float = 0.15  # share of tokens that are noise
     mean_span: float = 3.0  # tokens of a span of noise, on average
 
@@ -46,6 +46,21 @@ class SpanCorruption:
             raise ValueError(f"a text of {length} tokens has no room for noise and the rest")
         noise = min(max(round(length * self.rate), 1), length - 1)
         return noise, min(max(round(noise / self.mean_span), 1), length - noise)
+
+    def fitting(self, inputs: int) -> tuple[int, int]:
+        """The most tokens of a text whose inputs are not longer than `inputs`, and the length of its targets. Raises
+        ValueError where no text is so short."""
+        length = inputs  # a text is longer than its inputs, or nearly
+        while length > 1 and self._lengths(length)[0] > inputs:
+            length -= 1
+        while length > 1 and self._lengths(length + 1)[0] <= inputs:
+            length += 1
+        return length, self._lengths(length)[1]
+
+    def _lengths(self, length: int) -> tuple[int, int]:
+        """Of the inputs and of the targets of a text."""
+        noise, spans = self.amounts(length)
+        return length - noise + spans + 1, noise + spans + 1
 
     def __call__(self, tokens: NDArray[np.int64], sample: int) -> Corrupted:
         """The text (n,), corrupted as its sample id says. Raises ValueError where it holds a sentinel, or fewer than two
@@ -60,7 +75,7 @@ class SpanCorruption:
         sentinels = self.vocab - 1 - np.arange(spans)
         inputs = np.insert(tokens[~is_noise], np.cumsum(kept), sentinels)
         targets = np.insert(tokens[is_noise], np.cumsum(left_out) - left_out, sentinels)
-        return Corrupted(inputs, np.append(targets, self.eod))
+        return Corrupted(np.append(inputs, self.eod), np.append(targets, self.eod))
 
 
 def _parts(total: int, parts: int, draws: NDArray[np.float64]) -> NDArray[np.int64]:

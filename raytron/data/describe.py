@@ -24,8 +24,8 @@ def describe(path: str | Path, verify: bool = False) -> str:
     dataset = open_dataset(path)
     lines = [f"data set {dataset.path}", f"  hash        {dataset.hash}", ""]
     lines += [*_splits(dataset), "", *_tokenizer(dataset), "", *_sources(dataset), "", *_lengths(dataset)]
-    plans = plans_in(dataset.path, dataset, verify)
-    lines += ["", *(f"  {'packing':<12}{plan}" for plan in plans)] if plans else []
+    for plan in plans_in(dataset.path, dataset, verify):
+        lines += ["", f"  {'packed':<12}" + str(plan).replace("\n", f"\n  {'':<12}")]
     if verify:
         dataset.verify()
         lines += ["", "verified: every digest, document boundary and token id is as it should be"]

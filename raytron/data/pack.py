@@ -111,11 +111,11 @@ class PackPlan:
 
     def __str__(self) -> str:
         rule, report = self.rule, self.report
-        share = f"{100 * report.share(rule.sequence_length):.3f} %"
+        share = 100 * report.share(rule.sequence_length)
         return (
-            f"{rule.name}: {report.bins:,} samples of {report.pieces:,} pieces of {report.documents:,} documents; "
-            f"{report.cut:,} documents cut, {report.dropped:,} too long and left out ({report.dropped_tokens:,} tokens), "
-            f"{report.single:,} of one token; {report.padding:,} tokens of padding, {share}"
+            f"{rule.name}: {report.bins:,} samples, {report.padding:,} tokens of padding ({share:.3f} %)\n"
+            f"{report.documents:,} documents: {report.cut:,} cut ({report.pieces:,} pieces in all), {report.dropped:,} too "
+            f"long and left out ({report.dropped_tokens:,} tokens), {report.single:,} of one token"
         )
 
 

@@ -48,7 +48,7 @@ def ensure_dataset(config: RunConfig, report: Report = silent) -> Path:
     found = dataset_problems(dataset, config)
     if found:
         raise ConfigError(found)
-    for split in SPLITS:
+    for split in SPLITS if config.data.packing != "chop" else ():
         if split == "train" or (config.evaluate.batches and has_samples(config, dataset, split)):
             open_reader(config, dataset, split, verify=True)  # makes the pack plan, before many workers would
     return folder

@@ -9,6 +9,7 @@ Which sample an id names is the order's matter (`raytron.data.order`), what the 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raytron.config import RunConfig
 from raytron.data.batch import Batch, part_of
@@ -17,7 +18,7 @@ from raytron.data.fim import FillInTheMiddle
 from raytron.data.manifest import Split
 from raytron.data.order import FixedOrder, Order, ShuffledOrder
 from raytron.data.reader import ChopReader, Reader, open_reader
-from raytron.data.rows import Transform, batch_of
+from raytron.data.rows import Rows, Transform, batch_of
 from raytron.data.shards import Dataset
 from raytron.data.tokenizer import token_ids
 from raytron.errors import DataError
@@ -58,11 +59,14 @@ class ShardStream:
 
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
         """See `TokenStream.batch`. Reads only the part that is asked for."""
+        return batch_of(*self.rows(first, count, part, parts), self.documents)
+
+    def rows(self, first: int, count: int, part: int = 0, parts: int = 1) -> tuple[NDArray[np.int64], Rows]:
+        """Sample ids (n,) and samples of the same part, before they are cut into tokens and labels: for objectives that cut
+        them otherwise."""
         ids = np.arange(*part_of(first, count, part, parts), dtype=np.int64)
         rows = self.reader.read(self.order.locate(ids).sample)
-        if self.transform is not None:
-            rows = self.transform(rows, ids)
-        return batch_of(ids, rows, self.documents)
+        return ids, rows if self.transform is None else self.transform(rows, ids)
 
 
 def open_stream(config: RunConfig, dataset: Dataset, split: Split) -> ShardStream:

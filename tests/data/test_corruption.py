@@ -18,8 +18,8 @@ VOCAB, EOD = 1000, 0
 
 def restored(made: Corrupted, spans: int) -> list[int]:
     """The text: each sentinel of the inputs replaced by what follows it in the targets."""
-    targets = made.targets.tolist()
-    assert targets.pop() == EOD
+    inputs, targets = made.inputs.tolist(), made.targets.tolist()
+    assert inputs.pop() == targets.pop() == EOD
     left_out: dict[int, list[int]] = {}
     for token in targets:
         if token >= VOCAB - spans:
@@ -28,7 +28,7 @@ def restored(made: Corrupted, spans: int) -> list[int]:
             current.append(token)
     assert [*left_out] == [VOCAB - 1 - number for number in range(spans)]
     text: list[int] = []
-    for token in made.inputs.tolist():
+    for token in inputs:
         text += left_out.pop(token) if token >= VOCAB - spans else [token]
     assert not left_out
     return text
@@ -46,7 +46,7 @@ def test_the_text_can_be_put_together_again(length: int, sample: int, rate: floa
     tokens = np.random.default_rng(sample).integers(1, 500, length)
     noise, spans = how.amounts(length)
     made = how(tokens, sample)
-    assert (len(made.inputs), len(made.targets)) == (length - noise + spans, noise + spans + 1)
+    assert (len(made.inputs), len(made.targets)) == (length - noise + spans + 1, noise + spans + 1)
     assert restored(made, spans) == tokens.tolist()
     assert all(again.tolist() == first.tolist() for again, first in zip(how(tokens, sample), made, strict=True))
 
@@ -57,6 +57,21 @@ def test_amounts_are_those_of_the_paper() -> None:
     assert how.amounts(2) == (1, 1)
     assert how.amounts(20) == (3, 1)
     assert SpanCorruption(0, VOCAB, EOD, rate=0.95, mean_span=1.0).amounts(20) == (19, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(inputs=st.integers(4, 400), rate=st.sampled_from([0.05, 0.15, 0.5]), mean=st.sampled_from([1.0, 3.0, 8.0]))
+def test_texts_that_fit(inputs: int, rate: float, mean: float) -> None:
+    how = SpanCorruption(0, VOCAB, EOD, rate, mean)
+    length, targets = how.fitting(inputs)
+    made = how(np.ones(length, np.int64), 0)
+    assert len(made.inputs) <= inputs
+    assert len(made.targets) == targets
+    assert len(how(np.ones(length + 1, np.int64), 0).inputs) > inputs
+
+
+def test_512_inputs_are_of_568_tokens_as_in_t5() -> None:
+    assert SpanCorruption(0, 32_128, 1).fitting(512) == (568, 114)
 
 
 def test_every_way_to_cut_is_equally_likely() -> None:

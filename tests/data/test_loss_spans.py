@@ -105,4 +105,4 @@ def test_conversations_stay_whole(tmp_path: Path, packing: str) -> None:
     rows = [[*tokens, label] for tokens, label in zip(batch.tokens.tolist(), batch.labels[:, -1].tolist(), strict=True)]
     for document in whole:
         assert any(row[at : at + len(document)] == document for row in rows for at in range(12)), document
-    assert "0 documents cut, 1 too long and left out (23 tokens)" in describe(tmp_path)
+    assert "5 documents: 0 cut (4 pieces in all), 1 too long and left out (23 tokens)" in describe(tmp_path)

@@ -12,10 +12,12 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import counting, make_dataset
 
 from raytron.data.batch import Batch
 from raytron.data.masked import Masking, word_starts
 from raytron.data.rows import Rows
+from raytron.data.stream import ShardStream
 
 MASK, VOCAB, EOD = 1000, 1000, 0
 
@@ -137,3 +139,16 @@ def test_words_of_wordpiece_and_sentencepiece(tmp_path: Path) -> None:
 def test_short_rows(length: int) -> None:
     batch = masked(rows_of(3, length), np.arange(3), rate=1.0, word_starts=np.zeros(VOCAB, np.bool_))
     assert batch.weights.all()
+
+
+def test_samples_of_a_stream_are_the_same_in_any_parts(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, counting([30, 7, 90, 12]))
+    how = Masking(3, MASK, VOCAB)
+    stream = ShardStream(dataset, "train", 8, seed=2, documents=True)
+    ids, rows = stream.rows(5, 11)
+    whole = how(rows, ids)
+    assert whole.weights.any()
+    parts = [stream.rows(5, 11, part, 3) for part in range(3)]
+    batches = [how(rows, ids) for ids, rows in parts]
+    for name in whole._fields:
+        assert np.array_equal(np.concatenate([getattr(batch, name) for batch in batches]), getattr(whole, name))

@@ -152,7 +152,9 @@ def test_a_plan_is_made_once_beside_the_shards(tmp_path: Path) -> None:
     written = plan.path.stat().st_mtime_ns
     assert open_plan(dataset, rule, folders).path.stat().st_mtime_ns == written
     assert [str(one) for one in plans_in(dataset.path, dataset)] == [str(plan)]
-    assert describe(dataset.path, verify=True).count("train-best_fit-8: 1 samples of 2 pieces of 2 documents") == 1
+    page = describe(dataset.path, verify=True)
+    assert page.count("  packed      train-best_fit-8: 1 samples, 0 tokens of padding (0.000 %)\n") == 1
+    assert "\n              2 documents: 0 cut (2 pieces in all), 0 too long" in page
 
 
 def test_a_plan_goes_where_it_can_be_written(tmp_path: Path) -> None:
