@@ -38,7 +38,7 @@ from raytron.data.shards import Dataset
 from raytron.errors import DataError, Problem
 
 FORMAT = "raytron-pack-plan 1"  # another number where another plan would be made of the same documents
-WINDOW = 1 << 20  # pieces
+WINDOW = 1 << 21  # pieces
 AGAIN = "remove the file: it is made again when a run needs it"
 PIECES = pa.large_list(pa.struct([("start", pa.int64()), ("length", pa.int32())]))
 

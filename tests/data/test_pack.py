@@ -141,7 +141,7 @@ def test_the_packing_never_changes_between_versions(tmp_path: Path) -> None:
     plan = open_plan(dataset, PackRule("train", "best_fit", 8), [tmp_path])
     bins = [list(zip(*(part.tolist() for part in plan.bin(number)), strict=True)) for number in range(plan.bins)]
     assert bins == [[(3, 9)], [(23, 9)], [(31, 9)], [(43, 6), (0, 3)], [(16, 5), (12, 4)], [(39, 4), (21, 2)]]
-    assert WINDOW == 1 << 20
+    assert WINDOW == 1 << 21
 
 
 def test_a_plan_is_made_once_beside_the_shards(tmp_path: Path) -> None:
