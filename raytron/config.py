@@ -279,6 +279,17 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class FimConfig:
+    """Fill in the middle: documents whose middle comes last (Bavarian et al., arXiv 2207.14255), in training samples."""
+
+    rate: float = 0.0  # share of documents
+    spm_rate: float = 0.5  # of those, the share with the suffix before the prefix
+    prefix: str = "<|fim_prefix|>"  # tokens, of the data set's tokenizer, that stand before
+    middle: str = "<|fim_middle|>"  # each part
+    suffix: str = "<|fim_suffix|>"
+
+
+@dataclass(frozen=True)
 class DataConfig:
     dataset: str | None = None  # a tokenized data set; None: prepared from `sources` into run_dir/data
     blend: tuple[SourceConfig, ...] = ()  # several data sets by weight, in place of `dataset` and `sources`
@@ -287,11 +298,22 @@ class DataConfig:
     validation: tuple[ValidationConfig, ...] = ()  # the first is the main one; (): the data's own validation splits
     sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, or the word python-stdlib
     text_key: str = "text"  # field or column of JSONL and Parquet sources
+    # chop: documents end to end, cut every sequence_length tokens; best_fit: whole documents, packed with little padding;
+    # pad: one a sample. The last two keep documents apart
+    packing: Literal["chop", "best_fit", "pad"] = "chop"
+    too_long: Literal["cut", "drop"] = "cut"  # documents longer than a sample, where documents are kept whole
     document_mask: bool = False  # attention does not cross the end of a document, and positions begin anew after it
+    objective: Literal["causal", "masked", "span_corruption"] = "causal"  # what a sample asks of the model
+    fim: FimConfig = field(default_factory=FimConfig)
     validation_fraction: float = 0.02  # share of documents, chosen by hash, kept for evaluation
     shard_mb: float = 256.0  # size of an Arrow shard in MiB of tokens
     max_mb: float | None = None  # stop after this much text; None: all of it
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the documents of a sample are kept apart."""
+        return self.document_mask or self.packing != "chop"
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,8 @@ RANGES: tuple[Range, ...] = (
     Range("lr.stable_fraction", 0, 1),
     Range("data.validation_fraction", 0, 1, open_low=True, open_high=True),
     Range("data.blend_block", 1, 1 << 20),
+    Range("data.fim.rate", 0, 1),
+    Range("data.fim.spm_rate", 0, 1),
     *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
     *_at_least(1, "checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best"),
@@ -774,6 +776,25 @@ def _validation_sets(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{where}.dataset", "is empty", "name the folder of a tokenized data set")
 
 
+def _objective(config: RunConfig) -> Iterator[Problem]:
+    wanted = config.data.objective
+    if wanted != "causal":
+        what = f"{wanted} asks for attention to both sides; the models here are causal decoders"
+        module = {"masked": "raytron.data.masked", "span_corruption": "raytron.data.corruption"}[wanted]
+        yield Problem("data.objective", what, f"use causal, or make such samples for another model with {module}")
+
+
+def _fill_in_the_middle(config: RunConfig) -> Iterator[Problem]:
+    fim = config.data.fim
+    names = [fim.prefix, fim.middle, fim.suffix]
+    if fim.rate > 0 and len(set(names)) < len(names):
+        what = f"the tokens before prefix, middle and suffix are not three: {', '.join(names)}"
+        yield Problem("data.fim", what, "name three tokens that the tokenizer has")
+    if fim.rate > 0 and config.data.dataset is None and config.data.tokenizer.path is None:
+        what = f"a tokenizer that is trained on the corpus has no tokens {', '.join(names)}"
+        yield Problem("data.fim.rate", what, "use 0, or set data.tokenizer.path to a tokenizer that has them")
+
+
 def _trace(config: RunConfig) -> Iterator[Problem]:
     steps = config.observe.trace_steps
     if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
@@ -784,9 +805,12 @@ def _trace(config: RunConfig) -> Iterator[Problem]:
         yield Problem("observe.trace_steps", what, f"begin at {config.steps} at most, raise steps, or use null")
 
 
+FIM_TOKENS = ("data.fim.prefix", "data.fim.middle", "data.fim.suffix")
+
+
 def _texts(config: RunConfig) -> Iterator[Problem]:
     for key, value in flatten(to_mapping(config)).items():
-        needed = key in ("name", "run_dir", "data.text_key", "data.tokenizer.eod")
+        needed = key in ("name", "run_dir", "data.text_key", "data.tokenizer.eod", *FIM_TOKENS)
         optional = key in ("data.dataset", "data.tokenizer.path", "evaluate.prompt", "cluster.address")
         if (needed or (optional and value is not None)) and not str(value).strip():
             yield Problem(key, "is empty", "give a text" + ("" if needed else ", or null"))
@@ -851,6 +875,20 @@ UNUSED: tuple[Unused, ...] = (
         lambda config: config.precision.dtype == "fp16",
         "on other types than fp16",
         "set precision.dtype to fp16",
+    ),
+    Unused(
+        "data.too_long",
+        "data.packing",
+        lambda config: config.data.packing != "chop",
+        "where documents are cut every sequence_length tokens",
+        "set data.packing to best_fit or pad",
+    ),
+    Unused(
+        "data.fim.spm_rate data.fim.prefix data.fim.middle data.fim.suffix",
+        "data.fim.rate",
+        lambda config: config.data.fim.rate > 0,
+        "where no middle is filled in",
+        "set data.fim.rate",
     ),
     Unused(
         "guard.on_spike guard.spike_window",
@@ -1044,6 +1082,11 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
         _data_stages,
     ),
     ("data.validation", _validation_sets),
+    ("data.objective", _objective),
+    (
+        "data.fim.rate data.fim.prefix data.fim.middle data.fim.suffix data.dataset data.tokenizer.path",
+        _fill_in_the_middle,
+    ),
     ("", _texts),
     *((f"{row.keys} {row.reads}", row.check) for row in UNUSED),
     ("resume.allow", _resume),

@@ -23,6 +23,21 @@ CANONICAL = {"determinism": "canonical", "cluster.threads_per_worker": 1}
 EXPERTS = {"model.experts.count": 8}
 HALVES = [{"dataset": "a", "weight": 0.5}, {"dataset": "b", "weight": 0.5}]
 CASES = [
+    ({"data.objective": "masked"}, "data.objective", "attention to both sides", "use causal, or make such samples"),
+    ({"data.fim.spm_rate": 0.2}, "data.fim.spm_rate", "0.2 has no effect", "set data.fim.rate"),
+    (
+        {"data.fim.rate": 0.5, "data.fim.prefix": "<|fim_suffix|>", "data.dataset": "tokens"},
+        "data.fim",
+        "are not three",
+        "name three tokens",
+    ),
+    ({"data.fim.rate": 0.5}, "data.fim.rate", "trained on the corpus has no tokens", "set data.tokenizer.path"),
+    (
+        {"data.too_long": "drop"},
+        "data.too_long",
+        "drop has no effect where documents are cut",
+        "data.packing to best_fit",
+    ),
     (
         {"model.heads": 7},
         "model.heads",

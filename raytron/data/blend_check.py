@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from raytron.config import RunConfig
-from raytron.data.reader import samples_in, too_short
+from raytron.data.fim import fim_problems
+from raytron.data.reader import shortage, size_of
 from raytron.data.recipe import Recipe
 from raytron.data.run_data import RunData, source_names
 from raytron.data.shards import Dataset, open_dataset
@@ -45,8 +46,10 @@ def blend_problems(config: RunConfig) -> list[Problem]:
         if twin is not None:
             what = f"{dataset.path} is the data set of data.blend[{twin}], too, and would be read twice"
             found.append(Problem(where, what, "name it once, with the sum of both weights"))
-        if not samples_in(dataset, "train", config.sequence_length).any():
-            found.append(too_short(dataset, "train", config.sequence_length)._replace(where=where))
+        short = shortage(config, dataset, "train")
+        if short is not None:
+            found.append(short._replace(where=where, what=f"{dataset.path}: {short.what}"))
+    found += fim_problems(datasets[0].tokenizer, config.data)
     return found or [*_too_often(config, datasets)]
 
 
@@ -69,8 +72,8 @@ def validation_problems(config: RunConfig, folders: Sequence[Path | str]) -> lis
         if each.split == "train" and dataset.hash in [other.hash for other in trained]:
             what = f"{dataset.path} is trained on, and its train split would be validated on"
             found.append(Problem(f"data.validation[{number}].split", what, "use validation, or another data set"))
-        if not samples_in(dataset, each.split, config.sequence_length).any():
-            short = too_short(dataset, each.split, config.sequence_length)
+        short = shortage(config, dataset, each.split)
+        if short is not None:
             found.append(short._replace(where=where, what=f"{dataset.path}: {short.what}"))
     return found
 
@@ -127,7 +130,10 @@ def _unlike(where: str, dataset: Dataset, other: Dataset, name: str) -> Iterator
 
 
 def _too_often(config: RunConfig, datasets: Sequence[Dataset]) -> Iterator[Problem]:
-    """Each source that the run would read more often than it may, and when."""
+    """Each source that the run would read more often than it may, and when. Where documents are packed that is told once
+    they are: `raytron.data.ensure` asks again."""
+    if any(size_of(config, dataset, "train") is None for dataset in datasets):
+        return
     data = RunData(config, tuple(datasets), Recipe.of(config, [dataset.hash for dataset in datasets]), ())
     order, samples = data.recipe.order(data.sizes, config.seed), config.samples_after(config.steps)
     read = epochs_read(data, samples)

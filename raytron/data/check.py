@@ -10,6 +10,7 @@ from pathlib import Path
 from raytron.config import DataConfig, RunConfig, to_mapping
 from raytron.data.blend_check import blend_problems, validation_problems
 from raytron.data.corpus import resolve
+from raytron.data.fim import fim_problems
 from raytron.data.manifest import FILE_NAME
 from raytron.data.shards import Dataset, open_dataset
 from raytron.data.tokenizer import SMALLEST_VOCAB, Tokenizer
@@ -55,7 +56,7 @@ def dataset_problems(dataset: Dataset, config: RunConfig) -> list[Problem]:
     found = dataset.misfits(vocab=config.model.vocab, tokenizer_sha256=digest)
     if data.dataset is None:
         found += other_build(dataset, data)
-    return found
+    return found + fim_problems(dataset.tokenizer, data)
 
 
 def other_build(dataset: Dataset, data: DataConfig) -> list[Problem]:
@@ -84,6 +85,7 @@ def source_problems(data: DataConfig) -> list[Problem]:
     try:
         if data.tokenizer.path is not None:
             Tokenizer(data.tokenizer.path, data.tokenizer.eod)
+            found += fim_problems(Path(data.tokenizer.path), data)
     except RaytronError as error:
         found += problems_of(error, "data.tokenizer.path")
     return found

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from raytron.data.loss_spans import cut_spans, joined_spans
 from raytron.data.manifest import ShardEntry, Split
 from raytron.data.shard_file import digest_of, offsets_of, read_shard, write_shard
 
@@ -73,7 +74,8 @@ def _join(path: Path, run: Sequence[Part]) -> ShardEntry:
         shards = [read_shard(Path(part.path)) for part in run]
         tokens = np.concatenate([shard.tokens for shard in shards])
         offsets = offsets_of(np.concatenate([np.diff(shard.offsets) for shard in shards]))
-        write_shard(path, tokens, offsets, np.concatenate([shard.doc_ids for shard in shards]))
+        doc_ids = np.concatenate([shard.doc_ids for shard in shards])
+        write_shard(path, tokens, offsets, doc_ids, joined_spans(shards))
         for part in run:
             os.unlink(part.path)
     documents, tokens_held = sum(part.documents for part in run), sum(part.tokens for part in run)
@@ -91,13 +93,16 @@ def _cut_tail(folder: Path, entries: Sequence[ShardEntry], fraction: float) -> l
     if not tail:
         return list(entries)
     path, held_out = folder / last.path, folder / shard_name("validation", 0)
-    shard, cut = read_shard(path), last.tokens - tail
+    shard, total = read_shard(path), last.tokens
+    cut = total - tail
     head_documents = int(np.searchsorted(shard.offsets[:-1], cut))
     tail_first = int(np.searchsorted(shard.offsets, cut, side="right")) - 1  # the document that holds token `cut`
     tail_offsets = np.maximum(shard.offsets[tail_first:] - cut, 0)
-    write_shard(held_out, shard.tokens[cut:], tail_offsets, shard.doc_ids[tail_first:])
+    tail_spans, tail_ids = cut_spans(shard, cut, total, tail_offsets), shard.doc_ids[tail_first:]
+    write_shard(held_out, shard.tokens[cut:], tail_offsets, tail_ids, tail_spans)
     head_offsets = np.minimum(shard.offsets[: head_documents + 1], cut)
-    write_shard(path, shard.tokens[:cut], head_offsets, shard.doc_ids[:head_documents])
+    head_spans, head_ids = cut_spans(shard, 0, cut, head_offsets), shard.doc_ids[:head_documents]
+    write_shard(path, shard.tokens[:cut], head_offsets, head_ids, head_spans)
     return [
         *before,
         _entry(path, "train", head_documents, cut),

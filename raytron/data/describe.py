@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytron.data.compact import SPLITS
+from raytron.data.pack import plans_in
 from raytron.data.shards import Dataset, open_dataset
 
 BAR = 32  # characters of the longest bar
@@ -23,6 +24,8 @@ def describe(path: str | Path, verify: bool = False) -> str:
     dataset = open_dataset(path)
     lines = [f"data set {dataset.path}", f"  hash        {dataset.hash}", ""]
     lines += [*_splits(dataset), "", *_tokenizer(dataset), "", *_sources(dataset), "", *_lengths(dataset)]
+    for plan in plans_in(dataset.path, dataset, verify):
+        lines += ["", f"  {'packed':<12}" + str(plan).replace("\n", f"\n  {'':<12}")]
     if verify:
         dataset.verify()
         lines += ["", "verified: every digest, document boundary and token id is as it should be"]

@@ -21,6 +21,7 @@ from raytron.data.corpus import Corpus, resolve, sample
 from raytron.data.manifest import FILE_NAME, Manifest, ShardEntry, Unigram, write_manifest
 from raytron.data.order import permute
 from raytron.data.shard_file import read_shard, token_dtype
+from raytron.data.shard_table import TABLE_NAME
 from raytron.data.shards import TOKENIZER_NAME, open_dataset
 from raytron.data.tokenize import Job, Report, Tokenized, require_ray, tokenize_corpus
 from raytron.data.tokenizer import Tokenizer, train_tokenizer
@@ -43,7 +44,8 @@ def ensure_dataset(config: RunConfig, report: Report = silent) -> Path:
     folder = data_folder(config)
     if config.data.dataset is None:
         prepare(config.data, folder, report)
-    found = dataset_problems(open_dataset(folder), config)
+    dataset = open_dataset(folder)
+    found = dataset_problems(dataset, config)
     if found:
         raise ConfigError(found)
     return folder
@@ -89,7 +91,8 @@ def _clear(folder: Path) -> None:
 def _is_ours(path: Path) -> bool:
     name = path.name.strip(".").split(".")[0] + path.suffix
     shard = any(path.name.lstrip(".").startswith(f"{split}-") for split in SPLITS)
-    return path.name == PARTS or name == TOKENIZER_NAME or path.suffix == ".tmp" or (shard and path.suffix == ".arrow")
+    known = path.name in (PARTS, TABLE_NAME) or name == TOKENIZER_NAME or path.suffix == ".tmp"
+    return known or (shard and path.suffix == ".arrow")
 
 
 def _make_tokenizer(data: DataConfig, corpus: Corpus, path: Path, report: Report) -> Tokenizer:

@@ -1,46 +1,34 @@
-"""Pieces of one source: sample number i of a data set's split, whatever order they are asked for in.
+"""Reads samples of one source under one packing: sample number in, row of tokens out.
 
-Concatenate and chop: each shard is one run of tokens, documents end to end, cut every S tokens; a sample also sees one
-token more, the label of its last. What is left at a shard's end is not read.
+A `Reader` knows how many samples its source has and what each holds; in which order they are read, and whether among those
+of other sources, is the order's matter (`raytron.data.order`). A row is put together of *pieces*, slices of shards:
 
-    shard      t t t t e t t e t t t t t e t          S = 4
-    sample 0   t t t t|e                              tokens | last label
-    sample 1           e t t e|t
+    chop       one piece a row, S + 1 tokens of a shard from S · number on, wherever documents end
+    packed     the pieces of one bin of a pack plan (`raytron.data.pack`), each a document of its own, then padding
 
-Where documents are kept apart, rows also say which document each token is of, and the label of a document's last token,
-which would be the first of another document, has weight 0.
-
-Which source and which sample an id names is the order's matter; another way to pack is another `Reader`. A sample becomes
-a slice of a memory map, in the process that asks for it, with no worker process and no queue.
+Each piece becomes a slice of a memory map, in the process that asks for it (`raytron.data.open_shards`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytron.config import RunConfig
 from raytron.data.manifest import Split
-from raytron.data.shard_file import REBUILD, Shard
+from raytron.data.open_shards import OpenShards, Piece, numbered
+from raytron.data.pack import PackPlan, PackRule, find_plan, no_sample, open_plan
+from raytron.data.rows import Rows
+from raytron.data.shard_file import offsets_of
 from raytron.data.shards import Dataset
 from raytron.errors import DataError, Problem
 
-MAX_OPEN_SHARDS = 256
-
-
-class Rows(NamedTuple):
-    """Some samples of one source: the fields of a Batch without the ids, of the same shapes."""
-
-    tokens: NDArray[np.int64]  # (n, S)
-    labels: NDArray[np.int64]  # (n, S)
-    weights: NDArray[np.float32]  # (n, S)
-    documents: NDArray[np.int32] | None = None  # (n, S)
-
 
 class Reader(Protocol):
-    """The samples [0, size) of one source."""
+    """The samples of one source. Implementations are pure: the same numbers, the same rows."""
 
     @property
     def size(self) -> int:
@@ -48,84 +36,88 @@ class Reader(Protocol):
         ...
 
     def read(self, samples: NDArray[np.int64]) -> Rows:
-        """Samples (n,) by number, each in [0, size). Pure. Raises DataError."""
+        """Samples (n,) by number, each in [0, size). Raises DataError."""
         ...
 
 
 class ChopReader:
-    """One split of a data set, concatenated and chopped.
+    """Documents of a shard end to end, cut every S tokens; what is left at a shard's end is not read.
 
-    documents: whether rows tell the documents apart.
-    Raises DataError where no shard of the split holds a single sample.
+    documents: whether rows tell the documents apart. Raises DataError where no shard holds a single sample.
     """
 
     def __init__(self, dataset: Dataset, split: Split, sequence_length: int, *, documents: bool = False):
-        self.dataset, self.split, self.sequence_length = dataset, split, sequence_length
-        self.documents = documents
-        self._entries = dataset.entries(split)
+        self.dataset, self.shards = dataset, OpenShards(dataset, split)
+        self._length, self._documents = sequence_length, documents
         self._ends = np.cumsum(samples_in(dataset, split, sequence_length))  # (shards,) samples up to and with each
         if not len(self._ends) or not self._ends[-1]:
             raise DataError(too_short(dataset, split, sequence_length))
-        self._open: OrderedDict[int, Shard] = OrderedDict()  # the most recently used last
 
     @property
     def size(self) -> int:
         return int(self._ends[-1])
 
-    def read(self, samples: NDArray[np.int64]) -> Rows:
-        tokens = np.empty((len(samples), self.sequence_length), np.int64)
-        labels = np.empty_like(tokens)
-        shards, offsets = self.locate(samples)
-        for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
-            piece = self._shard(shard).tokens[offset : offset + self.sequence_length + 1]
-            tokens[row], labels[row] = piece[:-1], piece[1:]
-        self._check_ids(tokens, labels, shards)
-        weights = np.ones(tokens.shape, np.float32)
-        if not self.documents:
-            return Rows(tokens, labels, weights)
-        numbers = self._documents(shards, offsets)
-        weights[numbers[:, :-1] != numbers[:, 1:]] = 0
-        return Rows(tokens, labels, weights, numbers[:, :-1])
-
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of samples (n,): the number of the shard (n,) and the offset of the first token in it (n,)."""
         shard = np.searchsorted(self._ends, samples, side="right").astype(np.int64)
         before = np.where(shard > 0, self._ends[shard - 1], 0)
-        return shard, (samples - before) * self.sequence_length
+        return shard, (samples - before) * self._length
 
-    def shard(self, number: int) -> Shard:
-        """A shard of the split, mapped now if it is not."""
-        return self._shard(number)
+    def pieces(self, samples: NDArray[np.int64]) -> list[Piece]:
+        """What samples (n,) are made of, row by row."""
+        places = zip(*(each.tolist() for each in self.locate(samples)), strict=True)
+        return [Piece(row, 0, shard, at, at + self._length + 1) for row, (shard, at) in enumerate(places)]
 
-    def _documents(self, shards: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int32]:
-        """(n, S + 1): the document, counted from the sample's first, of each token and of the last label."""
-        at = np.arange(self.sequence_length + 1)
-        numbers = np.empty((len(shards), len(at)), np.int32)
-        for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
-            found = np.searchsorted(self._shard(shard).offsets, offset + at, side="right")
-            numbers[row] = found - found[0]
-        return numbers
+    def read(self, samples: NDArray[np.int64]) -> Rows:
+        """See `Reader.read`."""
+        pieces, shape = self.pieces(samples), (len(samples), self._length + 1)
+        documents = np.empty(shape, np.int32) if self._documents else None
+        rows = Rows(np.empty(shape, np.int64), np.ones(shape, np.bool_), documents)
+        self.shards.fill(rows, pieces)
+        if documents is not None:
+            for piece in pieces:
+                documents[piece.row] = numbered(self.shards[piece.shard], piece.start, piece.stop)
+        return rows
 
-    def _shard(self, number: int) -> Shard:
-        if number not in self._open:
-            self._open[number] = self.dataset.read(self._entries[number])
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
 
-    def _check_ids(self, tokens: NDArray[np.int64], labels: NDArray[np.int64], shards: NDArray[np.int64]) -> None:
-        """An id beyond the vocabulary would be an opaque fault in an embedding: say here whose it is."""
-        if not len(tokens) or max(tokens.max(), labels.max()) < self.dataset.vocab:
-            return
-        row = int(np.argmax(np.maximum(tokens, labels).max(axis=1)))
-        path = self.dataset.path / self._entries[int(shards[row])].path
-        what = f"token id {max(tokens.max(), labels.max())} is beyond the vocabulary of {self.dataset.vocab}"
-        raise DataError(Problem(str(path), what, REBUILD))
+class PackReader:
+    """The bins of a pack plan of this data set. What is left of a row is padding: the end-of-document token, which does
+    not count, as a document of its own."""
+
+    def __init__(self, dataset: Dataset, plan: PackPlan):
+        self.dataset, self.plan, self.shards = dataset, plan, OpenShards(dataset, plan.rule.split)
+        self._begins = offsets_of(self.shards.entries.column("tokens"))  # (shards + 1,) tokens before
+
+    @property
+    def size(self) -> int:
+        return self.plan.bins
+
+    def pieces(self, samples: NDArray[np.int64]) -> list[Piece]:
+        """What samples (n,) are made of, row by row and from left to right."""
+        found: list[Piece] = []
+        for row, number in enumerate(samples.tolist()):
+            starts, lengths = self.plan.bin(number)
+            shards = np.searchsorted(self._begins, starts, side="right") - 1
+            at = (shards, starts - self._begins[shards], lengths, np.cumsum(lengths) - lengths)
+            for shard, start, length, column in zip(*(each.tolist() for each in at), strict=True):
+                found.append(Piece(row, column, shard, start, start + length))
+        return found
+
+    def read(self, samples: NDArray[np.int64]) -> Rows:
+        """See `Reader.read`."""
+        pieces, shape = self.pieces(samples), (len(samples), self.plan.rule.sequence_length + 1)
+        begins = np.zeros(shape, np.int32)
+        for row, column, _, start, stop in pieces:
+            if column + stop - start < shape[1]:  # the next piece, or padding
+                begins[row, column + stop - start] = 1
+        documents = np.cumsum(begins, axis=1, dtype=np.int32)
+        rows = Rows(np.full(shape, self.dataset.eod, np.int64), np.zeros(shape, np.bool_), documents)
+        self.shards.fill(rows, pieces)
+        return rows
 
 
 def samples_in(dataset: Dataset, split: Split, sequence_length: int) -> NDArray[np.int64]:
-    """(shards,): how many samples each shard of a split holds."""
+    """(shards,): how many samples each shard of a split holds, where it is chopped."""
     samples: NDArray[np.int64] = np.maximum(dataset.entries(split).column("tokens") - 1, 0) // sequence_length
     return samples
 
@@ -140,3 +132,44 @@ def too_short(dataset: Dataset, split: Split, sequence_length: int) -> Problem:
     shorter = f"a sequence_length of at most {longest - 1}" if longest > 1 else "more text"
     more = " or a larger data.validation_fraction" if split == "validation" else " or a larger corpus"
     return Problem(str(dataset.path), what, f"use {shorter}{more}")
+
+
+def open_reader(config: RunConfig, dataset: Dataset, split: Split, verify: bool = False) -> Reader:
+    """What reads a split of a data set as a run's configuration says. Makes the pack plan, if one is needed and not there;
+    verify: else reads every byte of it.
+
+    Raises DataError where no sample is to be had, or the plan is damaged or can't be written.
+    """
+    data, length = config.data, config.sequence_length
+    if data.packing == "chop":
+        return ChopReader(dataset, split, length, documents=data.apart or data.fim.rate > 0)
+    return PackReader(dataset, open_plan(dataset, _rule(config, split), plan_folders(config, dataset), verify))
+
+
+def size_of(config: RunConfig, dataset: Dataset, split: Split) -> int | None:
+    """Samples of a split, without reading a shard; None where documents are packed and no plan has been made yet. Raises
+    DataError where there is one that is damaged."""
+    if config.data.packing == "chop":
+        return int(samples_in(dataset, split, config.sequence_length).sum())
+    found = find_plan(dataset, _rule(config, split), plan_folders(config, dataset))
+    return None if found is None else found.bins
+
+
+def shortage(config: RunConfig, dataset: Dataset, split: Split) -> Problem | None:
+    """What to say where a split has no sample for a run, as far as its counts tell: documents may yet all be too long."""
+    if config.data.packing == "chop":
+        none = not samples_in(dataset, split, config.sequence_length).any()
+        return too_short(dataset, split, config.sequence_length) if none else None
+    none = dataset.tokens(split) <= dataset.documents(split)  # each label needs a token before it
+    return no_sample(dataset, _rule(config, split)) if none else None
+
+
+def _rule(config: RunConfig, split: Split) -> PackRule:
+    assert config.data.packing != "chop"
+    return PackRule(split, config.data.packing, config.sequence_length, whole=config.data.too_long == "drop")
+
+
+def plan_folders(config: RunConfig, dataset: Dataset) -> list[Path]:
+    """Where the pack plans of a run may lie: beside the shards, or else, where nobody may write there, in the run
+    directory."""
+    return [dataset.path, Path(config.run_dir) / "packs"]

@@ -17,10 +17,10 @@ from raytron.config import RunConfig
 from raytron.data.batch import TokenStream
 from raytron.data.manifest import Split
 from raytron.data.order import FixedOrder
-from raytron.data.reader import ChopReader, samples_in, too_short
+from raytron.data.reader import open_reader, shortage, size_of
 from raytron.data.recipe import Recipe
 from raytron.data.shards import Dataset, open_dataset
-from raytron.data.stream import SampleStream
+from raytron.data.stream import SampleStream, training_transform
 from raytron.errors import DataError
 
 
@@ -52,12 +52,16 @@ class RunData:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Samples of each source. Raises DataError where one holds none."""
-        length = self.config.sequence_length
-        sizes = tuple(int(samples_in(each, "train", length).sum()) for each in self.sources)
-        if 0 in sizes:
-            raise DataError(too_short(self.sources[sizes.index(0)], "train", length))
-        return sizes
+        """Samples of each source. Raises DataError where one holds none. Makes pack plans that are needed and not there."""
+        for dataset in self.sources:
+            short = shortage(self.config, dataset, "train")
+            if short is not None:
+                raise DataError(short)
+        known = (size_of(self.config, dataset, "train") for dataset in self.sources)
+        return tuple(
+            open_reader(self.config, dataset, "train").size if size is None else size
+            for dataset, size in zip(self.sources, known, strict=True)
+        )
 
     @property
     def tokens(self) -> int:
@@ -73,19 +77,29 @@ class RunData:
 
     def train(self) -> TokenStream:
         """Raises DataError where a source is too short for one sample."""
-        length, apart = self.config.sequence_length, self.config.data.document_mask
-        readers = [ChopReader(dataset, "train", length, documents=apart) for dataset in self.sources]
-        order = self.recipe.order([reader.size for reader in readers], self.config.seed)
-        return SampleStream(order, readers, length)
+        config = self.config
+        readers = [open_reader(config, dataset, "train") for dataset in self.sources]
+        order = self.recipe.order([reader.size for reader in readers], config.seed)
+        transform = training_transform(config, self.sources[0])  # all have one tokenizer
+        return SampleStream(order, readers, config.sequence_length, documents=config.data.apart, transform=transform)
 
     def validation(self) -> list[ValidationSet]:
         """Each set first to last, the same at every evaluation."""
-        length, apart = self.config.sequence_length, self.config.data.document_mask
         found = []
         for name, dataset, split, share in self.held:
-            reader = ChopReader(dataset, split, length, documents=apart)
-            found.append(ValidationSet(name, SampleStream(FixedOrder(reader.size), [reader], length), share))
+            reader = open_reader(self.config, dataset, split)
+            order, apart = FixedOrder(reader.size), self.config.data.apart
+            stream = SampleStream(order, [reader], self.config.sequence_length, documents=apart)
+            found.append(ValidationSet(name, stream, share))
         return found
+
+    def make_plans(self) -> None:
+        """Makes the pack plans of everything that will be read, where they are needed and not there, and verifies those that
+        are: once, before many workers would. Raises DataError as `raytron.data.reader.open_reader`."""
+        for dataset in self.sources if self.config.data.packing != "chop" else ():
+            open_reader(self.config, dataset, "train", verify=True)
+        for _, dataset, split, _ in self.held if self.config.data.packing != "chop" else ():
+            open_reader(self.config, dataset, split, verify=True)
 
 
 def open_run_data(config: RunConfig, folder: Path | str) -> RunData:
@@ -116,7 +130,7 @@ def _held(config: RunConfig, sources: tuple[Dataset, ...]) -> Iterator[Held]:
     found = [
         Held(name, dataset, "validation", share)
         for name, dataset, share in zip(names, sources, shares, strict=True)
-        if samples_in(dataset, "validation", config.sequence_length).any()
+        if shortage(config, dataset, "validation") is None
     ]
     total = sum(each.share for each in found)
     yield from (each._replace(share=each.share / total if total else 1 / len(found)) for each in found)

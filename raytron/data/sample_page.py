@@ -5,16 +5,19 @@ sample 5 of an endless sequence ─► source, epoch, sample of it ─► shard,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from raytron.config import RunConfig, load
 from raytron.data.blend_check import step_of
 from raytron.data.check import data_folder
-from raytron.data.reader import ChopReader
+from raytron.data.open_shards import Piece
+from raytron.data.reader import ChopReader, PackReader
 from raytron.data.run_data import RunData, open_run_data, source_names
+from raytron.data.shard_file import Shard
 from raytron.data.shards import Dataset
 from raytron.data.stream import SampleStream
 from raytron.data.tokenizer import Tokenizer
@@ -63,34 +66,66 @@ def _page(data: RunData, stream: SampleStream, sample: int, run: bool) -> Iterat
     yield f"sample {sample:,}" + (f", of step {step_of(data.config, sample):,}" if run else "")
     yield f"  source      {name}{dataset.path}"
     yield f"  epoch       {epoch} of it, from 0: its sample {inner:,} of {reader.size:,}"
-    if isinstance(reader, ChopReader):
-        yield from _pieces(dataset, reader, inner)
+    if isinstance(reader, ChopReader | PackReader):
+        yield from _documents(data, dataset, reader, inner)
 
 
-def _pieces(dataset: Dataset, reader: ChopReader, inner: int) -> Iterator[str]:
-    """The documents of one sample that is a slice of a shard."""
-    shards, offsets = reader.locate(np.array([inner]))
-    shard, start, length = reader.shard(int(shards[0])), int(offsets[0]), reader.sequence_length
-    first = int(np.searchsorted(shard.offsets, start, side="right")) - 1
-    last = int(np.searchsorted(shard.offsets, start + length - 1, side="right")) - 1
-    yield f"  shard       {shard.path.name}, tokens {start:,} to {start + length - 1:,} of {len(shard.tokens):,}"
-    yield f"  documents   {last - first + 1}: {first:,} to {last:,} of the shard's {shard.documents:,}"
-    ends = [int(shard.offsets[document + 1]) - start for document in range(first, last + 1)]
-    yield "  " + _ruler(ends, length)
+def _documents(data: RunData, dataset: Dataset, reader: ChopReader | PackReader, inner: int) -> Iterator[str]:
+    """The documents of one sample, piece by piece, as they lie in the shards."""
+    length = data.config.sequence_length + isinstance(reader, PackReader)  # a bin is shown whole, with its last label
+    pieces = [piece._replace(stop=min(piece.stop, piece.start + length)) for piece in reader.pieces(np.array([inner]))]
+    for piece in pieces[:SHOWN_DOCUMENTS]:
+        shard = reader.shards[piece.shard]
+        yield f"  shard       {shard.path.name}, tokens {piece.start:,} to {piece.stop - 1:,} of {len(shard.tokens):,}"
+    parts = [part for piece in pieces for part in _parts(reader.shards[piece.shard], piece)]
+    yield f"  documents   {_named(parts)}"
+    yield "  " + _ruler([part.column + part.stop - part.start for part in parts if part.stop == part.end], length)
+    if data.config.data.fim.rate:
+        yield "  as it lies in the shards: data.fim moves middles of documents afterwards"
     tokenizer = _tokenizer(dataset)
-    for document in range(first, min(last + 1, first + SHOWN_DOCUMENTS)):
-        begin, end = int(shard.offsets[document]), int(shard.offsets[document + 1])
-        here = slice(max(begin, start), min(end, start + length))
-        cut = [f"begins {start - begin:,} tokens before it"] * (begin < start)
-        cut += [f"goes on for {end - start - length:,} tokens"] * (end > start + length)
+    for part in parts[:SHOWN_DOCUMENTS]:
+        cut = [f"begins {part.start - part.begin:,} tokens before it"] * (part.begin < part.start)
+        cut += [f"goes on for {part.end - part.stop:,} tokens"] * (part.end > part.stop)
         yield (
-            f"  {here.start - start:>8,} to {here.stop - start - 1:<8,} document {document:,}, "
-            f"id {int(shard.doc_ids[document]):016x}{', ' if cut else ''}{' and '.join(cut)}"
+            f"  {part.column:>8,} to {part.column + part.stop - part.start - 1:<8,} document {part.document:,}, "
+            f"id {int(part.shard.doc_ids[part.document]):016x}{', ' if cut else ''}{' and '.join(cut)}"
         )
         if tokenizer is not None:
-            yield f"             {_text(tokenizer.decode(shard.tokens[here].tolist()))}"
-    if last - first + 1 > SHOWN_DOCUMENTS:
-        yield f"  and {last - first + 1 - SHOWN_DOCUMENTS} more documents"
+            yield f"             {_text(tokenizer.decode(part.shard.tokens[part.start : part.stop].tolist()))}"
+    if len(parts) > SHOWN_DOCUMENTS:
+        yield f"  and {len(parts) - SHOWN_DOCUMENTS} more documents"
+    filled = sum(part.stop - part.start for part in parts)
+    if filled < length:
+        yield f"  {filled:>8,} to {length - 1:<8,} padding"
+
+
+class Part(NamedTuple):
+    """What a sample holds of one document."""
+
+    column: int  # where it begins in the sample
+    shard: Shard
+    document: int  # its number in the shard
+    start: int  # tokens of the shard: what the sample holds,
+    stop: int
+    begin: int  # and the whole document
+    end: int
+
+
+def _parts(shard: Shard, piece: Piece) -> Iterator[Part]:
+    first = int(np.searchsorted(shard.offsets, piece.start, side="right")) - 1
+    last = int(np.searchsorted(shard.offsets, piece.stop - 1, side="right")) - 1
+    for document in range(first, last + 1):
+        begin, end = int(shard.offsets[document]), int(shard.offsets[document + 1])
+        start, stop = max(begin, piece.start), min(end, piece.stop)
+        yield Part(piece.column + start - piece.start, shard, document, start, stop, begin, end)
+
+
+def _named(parts: Sequence[Part]) -> str:
+    """Which documents, in words."""
+    first, last = parts[0], parts[-1]
+    if len({part.shard.path for part in parts}) > 1 or last.document - first.document != len(parts) - 1:
+        return f"{len(parts)}"
+    return f"{len(parts)}: {first.document:,} to {last.document:,} of the shard's {first.shard.documents:,}"
 
 
 def _ruler(ends: list[int], length: int) -> str:

@@ -4,6 +4,7 @@ A shard is one record batch, a row a document:
 
     tokens: large_list<uint16 | uint32>   the document's ids, its end-of-document token last
     doc_id: uint64                        what chose its split
+    loss_spans: list<int32>               optional: pairs [start, stop) of the document's tokens that are to be learned
 
 Arrow stores a list column as two flat buffers, so the whole shard is one array of tokens, in which a training sample is
 one slice, and one array of offsets, where the documents begin: no index file, nothing is scanned or copied at start-up.
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +35,16 @@ CHUNK_BYTES = 8 * 2**20
 REBUILD = "tokenize the data set again, or restore it from a copy"
 
 
+class Spans(NamedTuple):
+    """The loss spans of documents: pairs [start, stop), ascending and apart, counted from the document's first token.
+
+    A token in a span counts in the loss as a label, what a model is to say; the others are only what it is told.
+    """
+
+    offsets: NDArray[np.int32]  # (documents + 1,): those of document d are values[offsets[d]:offsets[d + 1]]
+    values: NDArray[np.int32]  # (2 · spans,)
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """The arrays of one shard, as views of the file."""
@@ -41,6 +53,7 @@ class Shard:
     tokens: NDArray[np.uint16] | NDArray[np.uint32]  # (number of tokens,)
     offsets: NDArray[np.int64]  # (documents + 1,): document d is tokens[offsets[d]:offsets[d + 1]]
     doc_ids: NDArray[np.uint64]  # (documents,)
+    spans: Spans | None = None  # None: every token counts
 
     @property
     def documents(self) -> int:
@@ -57,11 +70,16 @@ def write_shard(
     tokens: NDArray[np.uint16] | NDArray[np.uint32],
     offsets: NDArray[np.int64],
     doc_ids: NDArray[np.uint64],
+    spans: Spans | None = None,
 ) -> None:
     """Writes a shard so that it is either whole or absent. Shapes as in `Shard`; the folder must exist."""
     lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(tokens))
-    schema = pa.schema([pa.field("tokens", lists.type), pa.field("doc_id", pa.uint64())])
-    rows = pa.record_batch([lists, pa.array(doc_ids, pa.uint64())], schema=schema)
+    columns = {"tokens": lists, "doc_id": pa.array(doc_ids, pa.uint64())}
+    if spans is not None:
+        offsets_of_spans, values = pa.array(spans.offsets, pa.int32()), pa.array(spans.values, pa.int32())
+        columns["loss_spans"] = pa.ListArray.from_arrays(offsets_of_spans, values)
+    rows = pa.record_batch(columns)
+    schema = rows.schema
     with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(rows)
 
@@ -89,11 +107,22 @@ def read_shard(path: Path) -> Shard:
             lists.values.to_numpy(zero_copy_only=True),
             lists.offsets.to_numpy(zero_copy_only=True),
             rows.column("doc_id").to_numpy(zero_copy_only=True),
+            _spans(rows),
         )
     except FileNotFoundError:
         raise DataError(Problem(str(path), "the shard is missing", REBUILD)) from None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(Problem(str(path), f"not a readable shard: {error}", REBUILD)) from None
+
+
+def _spans(rows: pa.RecordBatch) -> Spans | None:
+    """The loss spans of a shard, where it has the column. Raises ValueError for one of another type."""
+    if "loss_spans" not in rows.schema.names:
+        return None
+    lists = rows.column("loss_spans")
+    if lists.type != pa.list_(pa.int32()):
+        raise ValueError(f"the column `loss_spans` is {lists.type}, not a list of int32")
+    return Spans(lists.offsets.to_numpy(zero_copy_only=True), lists.values.to_numpy(zero_copy_only=True))
 
 
 def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from raytron.data.loss_spans import spans_fit
 from raytron.data.manifest import Manifest, ShardEntry, Split, read_manifest
 from raytron.data.shard_file import REBUILD, Shard, digest_of, read_shard
 from raytron.data.shard_table import ShardTable
@@ -131,6 +132,8 @@ def _content_faults(shard: Shard, vocab: int) -> list[str]:
     lengths = np.diff(shard.offsets)
     if shard.offsets[0] != 0 or shard.offsets[-1] != len(shard.tokens) or (len(lengths) and lengths.min() < 1):
         found.append("document boundaries are out of order")
+    if shard.spans is not None and not spans_fit(shard.spans, lengths):
+        found.append("loss spans are not pairs that ascend within their document")
     return found
 
 

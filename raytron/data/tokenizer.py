@@ -67,6 +67,16 @@ class Tokenizer:
         return [np.concatenate([*(next(encoded).ids for _ in parts), end]).astype(np.uint32) for parts in split]
 
 
+def token_ids(path: Path, names: Sequence[str]) -> list[int | None]:
+    """The ids of tokens by name in a tokenizer.json; None for one that it does not have. Raises DataError."""
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        remedy = "give the path of a tokenizer.json of the `tokenizers` library"
+        raise DataError(Problem(str(path), f"is not a tokenizer: {error}", remedy)) from None
+    return [inner.token_to_id(name) for name in names]
+
+
 def train_tokenizer(path: Path, texts: Iterable[str], vocab: int, eod: str) -> Tokenizer:
     """Trains a byte-level BPE of up to `vocab` ids (the `eod` token is id 0), saves it and loads it.
 

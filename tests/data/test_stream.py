@@ -117,12 +117,12 @@ def test_too_few_tokens_say_what_would_fit(dataset: Dataset) -> None:
 
 
 def test_few_shards_stay_open(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytron.data.reader.MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("raytron.data.open_shards.MAX_OPEN_SHARDS", 1)
     stream = ShardStream(dataset, "train", LENGTH)
     assert len(set(stream.batch(0, 25).tokens[:, 0].tolist())) == 25
     (reader,) = stream.readers
     assert isinstance(reader, ChopReader)
-    assert len(reader._open) == 1
+    assert len(reader.shards._open) == 1
 
 
 def test_an_id_beyond_the_vocabulary_names_its_shard(tmp_path: Path) -> None:
