@@ -305,6 +305,7 @@ class DataConfig:
     document_mask: bool = False  # attention does not cross the end of a document, and positions begin anew after it
     objective: Literal["causal", "masked", "span_corruption"] = "causal"  # what a sample asks of the model
     fim: FimConfig = field(default_factory=FimConfig)
+    prefetch: int = 2  # steps whose samples are read ahead, in a thread of each worker; 0: none
     validation_fraction: float = 0.02  # share of documents, chosen by hash, kept for evaluation
     shard_mb: float = 256.0  # size of an Arrow shard in MiB of tokens
     max_mb: float | None = None  # stop after this much text; None: all of it

@@ -128,6 +128,7 @@ RANGES: tuple[Range, ...] = (
     Range("lr.stable_fraction", 0, 1),
     Range("data.validation_fraction", 0, 1, open_low=True, open_high=True),
     Range("data.blend_block", 1, 1 << 20),
+    Range("data.prefetch", 0, 64),
     Range("data.fim.rate", 0, 1),
     Range("data.fim.spm_rate", 0, 1),
     *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from raytron.checkpoint.store import Hook, no_hook
+from raytron.config import RunConfig
+from raytron.data.batch import Batch, TokenStream
+from raytron.data.prefetch import PrefetchStream
 from raytron.data.run_data import open_run_data
 from raytron.observe.trace import Tracer
 from raytron.parallel.mesh import Mesh
@@ -19,5 +25,22 @@ def open_trainer(plan: Plan, mesh: Mesh, dataset: Path, hook: Hook = no_hook) ->
     """
     data = open_run_data(plan.config, dataset)
     facts = {"data": data.recipe.hash, **({"data_recipe": data.recipe.facts()} if plan.config.data.blend else {})}
-    tracer = Tracer.wanted(plan, mesh)
-    return Trainer(plan, mesh, data.train(), data.validation(), data_facts=facts, tracer=tracer, hook=hook)
+    tracer, stream = Tracer.wanted(plan, mesh), _read_ahead(plan.config, data.train(), mesh)
+    return Trainer(plan, mesh, stream, data.validation(), data_facts=facts, tracer=tracer, hook=hook)
+
+
+def _read_ahead(config: RunConfig, stream: TokenStream, mesh: Mesh) -> TokenStream:
+    """A stream whose next batches are read beside the steps, as many as `data.prefetch` says."""
+    if not config.data.prefetch:
+        return stream
+    keep = pinned if mesh.device.type == "cuda" else None
+    return PrefetchStream(stream, config.data.prefetch, config.batch_size_at, keep)
+
+
+def pinned(batch: Batch) -> Batch:
+    """A batch in page-locked memory, from which a copy to a device goes on beside other work. Needs CUDA; not run yet."""
+    return Batch(*(None if part is None else _pinned(part) for part in batch))  # type: ignore[arg-type]
+
+
+def _pinned(part: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(part).pin_memory().numpy()

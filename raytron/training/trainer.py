@@ -6,6 +6,7 @@ consumed samples. Random numbers need no state, since they are a function of the
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ class Started(NamedTuple):
     sequences: int
     loss_scale: float
     seconds: float
+    data_wait_s: float  # of those, until its samples were there
     saving: Phase  # of the checkpoint under way when the step began
     replicas: Check | None  # of the state before it
 
@@ -96,7 +98,9 @@ class Trainer:
         self.clock.begin()
         config, check = self.plan.config, self._compare_replicas()
         sequences = config.batch_size_at(self.consumed)
+        begin = time.perf_counter()
         batch = self._share(self.stream, self.consumed, sequences)
+        waited = time.perf_counter() - begin
         lr = learning_rate(config.lr, config.lr_horizon, self.step)
         every, used_scale = config.observe.layer_norms, self.engine.loss_scale.value
         wanted = every is not None and (self.step + 1) % every == 0
@@ -111,7 +115,7 @@ class Trainer:
         if self.at_once is None:
             self._replicate(result)
         seconds = self.clock.end(self.step)
-        self._started.append(Started(self.step, lr, sequences, used_scale, seconds, saving, check))
+        self._started.append(Started(self.step, lr, sequences, used_scale, seconds, waited, saving, check))
         return self._record(result)
 
     def _step(self, batch: Batch, lr: float, request: int, sequences: int, norms: bool) -> StepResult | None:
@@ -159,6 +163,7 @@ class Trainer:
             "lr": started.lr,
             "tokens": result.tokens,
             "step_time_s": started.seconds,
+            "data_wait_s": started.data_wait_s,
             "tokens_per_s": result.tokens / started.seconds,
             "request": result.request & ~WRITING,
         }
