@@ -245,17 +245,29 @@ class BatchRampConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    path: str | None = None  # a tokenizer.json; None: train a byte-level BPE on the corpus
+    path: str | None = (
+        None  # tokenizer.json, SentencePiece .model, tiktoken ranks, or `byte`; None: train a byte-level BPE
+    )
     vocab: int = 4096  # size of a trained BPE, the end-of-document token included
     train_mb: float = 8.0  # MiB of text that it is trained on
     eod: str = "<|endoftext|>"  # token that ends each document
+    pattern: str | None = (
+        None  # tiktoken ranks: how they cut text: gpt2, cl100k, o200k, llama3, or a regular expression
+    )
+    backend: Literal["auto", "tokenizers", "gigatoken"] = (
+        "auto"  # what encodes; auto: gigatoken where it gives equal ids
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str | None = None  # a tokenized data set; None: prepared from `sources` into run_dir/data
-    sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, or the word python-stdlib
-    text_key: str = "text"  # field or column of JSONL and Parquet sources
+    sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, URLs of those, or the word python-stdlib
+    text_key: str = "text"  # field or column of JSONL, Parquet and Arrow sources
+    metadata_keys: tuple[str, ...] = ()  # other fields or columns that are kept beside each document
+    on_bad_record: Literal["stop", "skip"] = (
+        "stop"  # where a record is broken; skipped ones are counted in the manifest
+    )
     document_mask: bool = False  # attention does not cross the end of a document, and positions begin anew after it
     validation_fraction: float = 0.02  # share of documents, chosen by hash, kept for evaluation
     shard_mb: float = 256.0  # size of an Arrow shard in MiB of tokens

@@ -690,6 +690,15 @@ def _data(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.tokenizer.vocab" if vocab >= 257 else "model.vocab", what, remedy)
 
 
+def _metadata(config: RunConfig) -> Iterator[Problem]:
+    keys, text_key = config.data.metadata_keys, config.data.text_key
+    if text_key in keys:
+        what = f"{text_key!r} holds the text, which becomes tokens"
+        yield Problem("data.metadata_keys", what, "leave it out")
+    if len(set(keys)) < len(keys) or not all(key.strip() for key in keys):
+        yield Problem("data.metadata_keys", "a name is empty or there twice", "name each field once")
+
+
 def _trace(config: RunConfig) -> Iterator[Problem]:
     steps = config.observe.trace_steps
     if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
@@ -703,7 +712,9 @@ def _trace(config: RunConfig) -> Iterator[Problem]:
 def _texts(config: RunConfig) -> Iterator[Problem]:
     for key, value in flatten(to_mapping(config)).items():
         needed = key in ("name", "run_dir", "data.text_key", "data.tokenizer.eod")
-        optional = key in ("data.dataset", "data.tokenizer.path", "evaluate.prompt", "cluster.address")
+        optional = key in (
+            "data.dataset", "data.tokenizer.path", "data.tokenizer.pattern", "evaluate.prompt", "cluster.address"
+        )  # fmt: skip
         if (needed or (optional and value is not None)) and not str(value).strip():
             yield Problem(key, "is empty", "give a text" + ("" if needed else ", or null"))
 
@@ -832,6 +843,20 @@ UNUSED: tuple[Unused, ...] = (
         "set model.positions to rope",
     ),
     Unused(
+        "data.metadata_keys data.on_bad_record data.tokenizer.backend",
+        "data.dataset",
+        lambda config: config.data.dataset is None,
+        "where the data set is made already",
+        "set data.dataset to null",
+    ),
+    Unused(
+        "data.tokenizer.pattern",
+        "data.tokenizer.path",
+        lambda config: config.data.tokenizer.path is not None,
+        "where a tokenizer is trained",
+        "set data.tokenizer.path",
+    ),
+    Unused(
         "batch_ramp.increment",
         "batch_ramp.start",
         lambda config: config.batch_ramp.start is not None,
@@ -931,6 +956,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ),
     ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero data_parallel.reduce determinism", _gradient_noise),
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
+    ("data.metadata_keys data.text_key", _metadata),
     ("", _texts),
     *((f"{row.keys} {row.reads}", row.check) for row in UNUSED),
     ("resume.allow", _resume),

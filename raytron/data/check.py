@@ -6,15 +6,20 @@ Everything here only looks; nothing is written, no text is read. `raytron.data.p
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from raytron.config import DataConfig, RunConfig, to_mapping
 from raytron.data.corpus import resolve
+from raytron.data.fast import FAST, Encoder
 from raytron.data.manifest import FILE_NAME
+from raytron.data.records import Fields
 from raytron.data.shards import Dataset, open_dataset
 from raytron.data.tokenizer import SMALLEST_VOCAB, Tokenizer
 from raytron.errors import ConfigError, DataError, Problem, RaytronError
 
-BUILD_KEYS = ("sources", "text_key", "validation_fraction", "shard_mb", "max_mb", "tokenizer")
+BUILD_KEYS = (
+    "sources", "text_key", "metadata_keys", "on_bad_record", "validation_fraction", "shard_mb", "max_mb", "tokenizer"
+)  # fmt: skip
 
 
 def data_folder(config: RunConfig) -> Path:
@@ -25,7 +30,13 @@ def data_folder(config: RunConfig) -> Path:
 def build_config(data: DataConfig) -> dict[str, object]:
     """The part of a configuration that decides what a prepared data set holds."""
     mapping = to_mapping(data)
+    mapping["tokenizer"].pop("backend")  # every backend gives the same ids
     return {key: mapping[key] for key in BUILD_KEYS}
+
+
+def fields_of(data: DataConfig) -> Fields:
+    """What a build takes of each record."""
+    return Fields(data.text_key, data.metadata_keys, data.on_bad_record)
 
 
 def data_problems(config: RunConfig) -> list[Problem]:
@@ -42,7 +53,7 @@ def dataset_problems(dataset: Dataset, config: RunConfig) -> list[Problem]:
     """What keeps a run from using an opened data set."""
     data, digest = config.data, None
     if data.tokenizer.path is not None:
-        digest = Tokenizer(data.tokenizer.path, data.tokenizer.eod).sha256
+        digest = _given(data).sha256
     found = dataset.misfits(vocab=config.model.vocab, tokenizer_sha256=digest)
     if data.dataset is None:
         found += other_build(dataset, data)
@@ -51,11 +62,13 @@ def dataset_problems(dataset: Dataset, config: RunConfig) -> list[Problem]:
 
 def other_build(dataset: Dataset, data: DataConfig) -> list[Problem]:
     """Each key in which the configuration differs from the one that the data set was prepared by."""
-    now = build_config(data)
+    now, unsaid = build_config(data), build_config(DataConfig())  # a key that came later had its default before
+    then = {**unsaid, **dataset.manifest.build}
+    then["tokenizer"] = {**cast(dict[str, object], unsaid["tokenizer"]), **cast(dict[str, object], then["tokenizer"])}
     return [
-        Problem(f"data.{key}", f"is {now[key]!r}, but {dataset.path} was prepared with {before!r}", CHANGED)
-        for key, before in ((key, dataset.manifest.build.get(key)) for key in BUILD_KEYS)
-        if before != now[key]
+        Problem(f"data.{key}", f"is {now[key]!r}, but {dataset.path} was prepared with {then[key]!r}", CHANGED)
+        for key in BUILD_KEYS
+        if then[key] != now[key]
     ]
 
 
@@ -66,7 +79,7 @@ def source_problems(data: DataConfig) -> list[Problem]:
     """What keeps a data set from being prepared."""
     found: list[Problem] = []
     try:
-        resolve(data.sources, data.text_key, max_bytes(data))
+        resolve(data.sources, data.text_key, max_bytes(data), fields=fields_of(data))
     except RaytronError as error:
         found += problems_of(error, "data.sources")
     if data.tokenizer.path is None and data.tokenizer.vocab < SMALLEST_VOCAB:
@@ -74,10 +87,18 @@ def source_problems(data: DataConfig) -> list[Problem]:
         found.append(Problem("data.tokenizer.vocab", what, f"use {SMALLEST_VOCAB} or more"))
     try:
         if data.tokenizer.path is not None:
-            Tokenizer(data.tokenizer.path, data.tokenizer.eod)
+            tokenizer = _given(data)
+            if data.tokenizer.backend == FAST:
+                Encoder(tokenizer, FAST)
     except RaytronError as error:
         found += problems_of(error, "data.tokenizer.path")
     return found
+
+
+def _given(data: DataConfig) -> Tokenizer:
+    """The tokenizer that a path names. Raises DataError or ConfigError."""
+    assert data.tokenizer.path is not None
+    return Tokenizer(data.tokenizer.path, data.tokenizer.eod, data.tokenizer.pattern)
 
 
 def max_bytes(data: DataConfig) -> int | None:
@@ -101,7 +122,7 @@ def _vocab_problems(config: RunConfig) -> list[Problem]:
         vocab, where = data.tokenizer.vocab, "data.tokenizer.vocab"
     else:
         try:
-            vocab, where = Tokenizer(data.tokenizer.path, data.tokenizer.eod).vocab, "data.tokenizer.path"
+            vocab, where = _given(data).vocab, "data.tokenizer.path"
         except RaytronError:
             return []  # named by source_problems
     if vocab <= config.model.vocab:

@@ -24,9 +24,11 @@ from raytron.data.shard_file import replacing
 from raytron.errors import DataError, Problem
 
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 FILE_NAME = "manifest.json"
 FORMAT = "raytron-tokens"
 VERSION = 1
+LATER = ("bad_records", "bad_examples", "backend")  # keys that VERSION 1 did not always have
 MEND = "tokenize the data set again"
 
 
@@ -76,12 +78,16 @@ class Manifest:
     unigram: Unigram
     build: Mapping[str, Any]  # the `data` section of the configuration that it was made by
     corpus_xxh3_128: str  # of all document ids, in order: equal text gives an equal digest
-    skipped: int = 0  # files of the standard library that are not UTF-8 text
+    skipped: int = 0  # files, or parts of files, without a document
+    bad_records: int = 0  # left out, with `data.on_bad_record` of `skip`
+    bad_examples: tuple[str, ...] = ()  # where the first few are, and what is wrong with them
+    backend: str = ""  # the library that encoded; not part of the digest, for the ids are the same
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything that the manifest says, in hex."""
-        text = json.dumps(_body(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        """SHA-256 of everything that the manifest says of the data, in hex."""
+        body = {key: value for key, value in _body(self).items() if key != "backend"}
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -119,7 +125,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _body(manifest: Manifest) -> dict[str, Any]:
-    return {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    """What is written; keys of LATER that say nothing are left out, as they were before there were any."""
+    said = {key: value for key, value in asdict(manifest).items() if value or key not in LATER}
+    return {"format": FORMAT, "version": VERSION, **said}
 
 
 def _parse(raw: Mapping[str, Any]) -> Manifest:
@@ -144,6 +152,9 @@ def _parse(raw: Mapping[str, Any]) -> Manifest:
         build=dict(raw["build"]),
         corpus_xxh3_128=raw["corpus_xxh3_128"],
         skipped=raw["skipped"],
+        bad_records=int(raw.get("bad_records", 0)),
+        bad_examples=tuple(map(str, raw.get("bad_examples", ()))),
+        backend=str(raw.get("backend", "")),
     )
 
 

@@ -32,6 +32,7 @@ from raytron.errors import ConfigError, Problem
 MAY_CHANGE = (
     "steps", "name", "run_dir", "micro_batch_size", "mesh.*", "pipeline.*", "data_parallel.*", "memory.*", "checkpoint.*",
     "evaluate.*", "guard.*", "observe.*", "cluster.*", "recovery.*", "elastic.*", "resume.*",
+    "data.tokenizer.backend",
 )  # fmt: skip
 
 

@@ -1,0 +1,153 @@
+"""One task of tokenization: some units of the corpus, read, encoded and written, in bounded memory.
+
+    records ─► batches of about CHUNK_CHARS ─► ids ─► a part under way for each split ─► parts ─► receipt
+
+A record longer than a piece is encoded piece by piece. Whatever the files' sizes, a task holds one record, one batch and
+its ids, and of each document of a part its id and its length.
+
+A document's id is a digest of its text, and that chooses its split: it stays in its split when text is added later, and
+two copies of one document never stand on both sides.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from raytron.data.fast import Encoder
+from raytron.data.parts import Done, Splits, read_receipt, write_receipt
+from raytron.data.records import Fields, Record, Tally, Unit, records
+from raytron.data.tokenizer import PIECE_CHARS, Tokenizer, pieces
+
+CHUNK_CHARS = 2**20  # text that is encoded at once
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every task."""
+
+    folder: str  # where parts are written; the same directory on every node
+    tokenizer: str
+    eod: str
+    text_key: str
+    validation_fraction: float
+    part_tokens: int = 2**27  # after which a part ends
+    metadata_keys: tuple[str, ...] = ()
+    on_bad_record: str = "stop"
+    backend: str = "auto"
+    tokenizer_sha256: str = ""  # a file that is another one now is loaded anew
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(self.text_key, self.metadata_keys, self.on_bad_record)
+
+    def key(self, units: Sequence[Unit], tokenizer_sha256: str) -> str:
+        """A digest of what decides the result of a task: equal keys, equal parts."""
+        decides = (tokenizer_sha256, self.eod, self.validation_fraction, self.part_tokens, astuple(self.fields))
+        text = json.dumps([decides, [astuple(unit) for unit in units]])
+        return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def tokenize_group(group: int, units: Sequence[Unit], job: Job) -> tuple[Done, NDArray[np.int64]]:
+    """Does one task, or finds it done. Returns what was done and the counts (vocab,) of its training ids.
+
+    Raises DataError for text that can't be read.
+    """
+    tokenizer = _tokenizer(job.tokenizer, job.eod, job.tokenizer_sha256)
+    folder, key = Path(job.folder), job.key(units, tokenizer.sha256)
+    before = read_receipt(folder, key, group)
+    if before is not None:
+        return before
+    work = _Work(group, tokenizer, job)
+    try:
+        for unit in units:
+            work.read(unit)
+        done = work.finish()
+    finally:
+        work.splits.abandon()
+    write_receipt(folder, key, done, work.splits.counts)
+    return done, work.splits.counts
+
+
+class _Work:
+    """A task under way."""
+
+    def __init__(self, group: int, tokenizer: Tokenizer, job: Job):
+        self.group, self.job, self.eod = group, job, tokenizer.eod
+        self.encoder = Encoder(tokenizer, job.backend)
+        fraction, metadata = job.validation_fraction, bool(job.metadata_keys)
+        self.splits = Splits(Path(job.folder), group, tokenizer.vocab, fraction, job.part_tokens, metadata)
+        self._batch: list[Record] = []
+        self._chars = self._skipped = self._documents = 0
+        self._order = xxhash.xxh3_128()
+        self._tally = Tally()
+
+    def read(self, unit: Unit) -> None:
+        """Takes in the records of a unit."""
+        held = False
+        for record in records(unit, self.job.fields, self._tally):
+            held = True
+            if len(record.text) > PIECE_CHARS:
+                self._flush()
+                self._take_giant(record)
+                continue
+            self._batch.append(record)
+            self._chars += len(record.text)
+            if self._chars >= CHUNK_CHARS:
+                self._flush()
+        self._skipped += not held
+
+    def finish(self) -> Done:
+        self._flush()
+        return Done(
+            group=self.group,
+            parts=self.splits.finish(),
+            digest=self._order.hexdigest(),
+            documents=self._documents,
+            skipped=self._skipped,
+            bad=self._tally.bad,
+            bad_examples=tuple(self._tally.examples),
+            backend=self.encoder.name,
+            reason=self.encoder.reason,
+        )
+
+    def _flush(self) -> None:
+        """Encodes the batch, and hands its documents on."""
+        batch, self._batch, self._chars = self._batch, [], 0
+        if not batch:
+            return
+        ids = [xxhash.xxh3_64_intdigest(record.text.encode("utf-8")) for record in batch]
+        flat, lengths = self.encoder.encode([record.text for record in batch])
+        flat = np.insert(flat, np.cumsum(lengths), self.eod)
+        self.splits.add(flat, lengths + 1, ids, [record.metadata for record in batch])
+        self._note(ids)
+
+    def _take_giant(self, record: Record) -> None:
+        """Encodes a long document, piece by piece."""
+        digest = xxhash.xxh3_64()
+        for piece in pieces(record.text):
+            digest.update(piece.encode("utf-8"))
+        encoded = (self.encoder.encode([piece])[0] for piece in pieces(record.text))
+        end = np.array([self.eod], np.uint32)
+        self.splits.add_pieces(chain(encoded, [end]), digest.intdigest(), record.metadata)
+        self._note([digest.intdigest()])
+
+    def _note(self, ids: Sequence[int]) -> None:
+        self._order.update(np.array(ids, np.uint64).tobytes())
+        self._documents += len(ids)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str, eod: str, sha256: str) -> Tokenizer:
+    """Loaded once a process for the tasks of a job, each of which has one CPU and so starts no threads."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return Tokenizer(path, eod)
