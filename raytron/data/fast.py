@@ -113,8 +113,8 @@ def _flat(fast: Any, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[
     if not texts:
         return np.zeros(0, np.uint32), np.zeros(0, np.int64)
     rows = fast.encode_batch(list(texts), parallel=False).layout
-    offsets = np.asarray(rows.offsets, np.int64)
-    content = np.asarray(rows.content)[offsets[0] : offsets[-1]]
+    offsets = np.asarray(rows.offsets.data, np.int64)
+    content = np.asarray(rows.content.data)[offsets[0] : offsets[-1]]
     return content.astype(np.uint32, copy=False), np.diff(offsets)
 
 
