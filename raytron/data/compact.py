@@ -80,7 +80,7 @@ def _join(path: Path, run: Sequence[Part]) -> ShardEntry:
         shards[0].tokens.dtype.type,
         offsets_of(np.concatenate([np.diff(shard.offsets) for shard in shards])),
         np.concatenate([shard.doc_ids for shard in shards]),
-        columns,
+        columns=columns,
     )
     return _entry(path, run[0].split, documents, tokens)
 
@@ -110,10 +110,10 @@ def _cut_tail(folder: Path, entries: Sequence[ShardEntry], fraction: float) -> l
     tail_first = int(np.searchsorted(shard.offsets, cut, side="right")) - 1  # the document that holds token `cut`
     tail_offsets = np.maximum(shard.offsets[tail_first:] - cut, 0)
     columns = {name: column.slice(tail_first) for name, column in shard.columns.items()}
-    write_shard(held_out, shard.tokens[cut:], tail_offsets, shard.doc_ids[tail_first:], columns)
+    write_shard(held_out, shard.tokens[cut:], tail_offsets, shard.doc_ids[tail_first:], columns=columns)
     head_offsets = np.minimum(shard.offsets[: head_documents + 1], cut)
     columns = {name: column.slice(0, head_documents) for name, column in shard.columns.items()}
-    write_shard(path, shard.tokens[:cut], head_offsets, shard.doc_ids[:head_documents], columns)
+    write_shard(path, shard.tokens[:cut], head_offsets, shard.doc_ids[:head_documents], columns=columns)
     return [
         *before,
         _entry(path, "train", head_documents, cut),

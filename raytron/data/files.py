@@ -18,7 +18,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, TypeVar
 
@@ -62,11 +62,11 @@ def find(name: str, without: tuple[str, ...] = ()) -> list[File] | None:
     store can't be reached.
     """
     if is_folder(name):
-        paths = [path for path in _below(name, without) if not _is_left_out(parts_below(name, path), without)]
-        return _described(sorted(paths, key=lambda path: parts_below(name, path)))
+        found = [file for file in _below(name, without) if not _is_left_out(parts_below(name, file.path), without)]
+        return sorted(found, key=lambda file: parts_below(name, file.path))
     if exists(name):
-        return _described([name])
-    return _described(sorted(_matching(name))) if glob.has_magic(name) else None
+        return [_file(name)]
+    return sorted(_matching(name), key=lambda file: file.path) if glob.has_magic(name) else None
 
 
 def exists(name: str) -> bool:
@@ -130,42 +130,44 @@ def _key(url: str) -> str:
     return url.partition("://")[2].strip("/")
 
 
-def _below(folder: str, without: tuple[str, ...]) -> list[str]:
+def _below(folder: str, without: tuple[str, ...]) -> list[File]:
     """Every file below a folder, but what lies in folders named in `without`, as far as that spares a walk."""
     if scheme_of(folder) is not None:
-        files = _files(folder)
-        return [files.unstrip_protocol(key) for key in _patiently(folder, lambda: files.find(folder))]
+        return _listed(folder, lambda: _files(folder).find(folder, detail=True))
     paths = []
     for above, below, names in os.walk(folder):
         below[:] = [name for name in below if not _is_left_out([name], without)]
         paths += [os.path.join(above, name) for name in names]
-    return paths
+    return [_file(path) for path in paths if os.path.isfile(path)]
 
 
-def _matching(pattern: str) -> list[str]:
+def _matching(pattern: str) -> list[File]:
+    """What a glob matches, but what is hidden."""
     if scheme_of(pattern) is None:
-        return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    files = _files(pattern)
-    found = _patiently(pattern, lambda: files.glob(pattern, detail=True))
-    shown = [
-        key for key, facts in found.items() if facts["type"] == "file" and not key.rpartition("/")[2].startswith(".")
-    ]
-    return [files.unstrip_protocol(key) for key in shown]
+        return [_file(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    found = _listed(pattern, lambda: _files(pattern).glob(pattern, detail=True))
+    return [file for file in found if not _is_left_out([_key(file.path).rpartition("/")[2]], ())]
+
+
+def _listed(place: str, action: Callable[[], dict[str, dict[str, Any]]]) -> list[File]:
+    """The files of a listing, which tells sizes and stamps too."""
+    unstrip = _files(place).unstrip_protocol
+    found = _patiently(place, action).items()
+    return [_remote(unstrip(key), facts) for key, facts in found if facts["type"] == "file"]
 
 
 def _is_left_out(parts: list[str], without: tuple[str, ...]) -> bool:
     return any(part.startswith(".") or part in without for part in parts)
 
 
-def _described(paths: Iterable[str]) -> list[File]:
-    return [_file(path) for path in paths]
-
-
 def _file(path: str) -> File:
-    if scheme_of(path) is None:
-        status = os.stat(path)
-        return File(path, status.st_size, str(status.st_mtime_ns))
-    facts = _info(path)
+    if scheme_of(path) is not None:
+        return _remote(path, _info(path))
+    status = os.stat(path)
+    return File(path, status.st_size, str(status.st_mtime_ns))
+
+
+def _remote(path: str, facts: dict[str, Any]) -> File:
     if facts.get("size") is None:
         raise DataError(Problem(path, "its server does not tell its size", "fetch it, and give the path of the copy"))
     return File(path, int(facts["size"]), _stamp(facts))

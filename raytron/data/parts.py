@@ -116,7 +116,7 @@ class PartWriter:
         path = self.folder / f"{self.stem}-{len(self.parts):03d}.arrow"
         columns = {"metadata": pa.concat_arrays(self._kept)} if self.metadata else {}
         offsets = offsets_of(np.frombuffer(self._lengths, np.int64))
-        write_shard_of(path, self._spool(), self.dtype, offsets, np.frombuffer(self._ids, np.uint64), columns)
+        write_shard_of(path, self._spool(), self.dtype, offsets, np.frombuffer(self._ids, np.uint64), columns=columns)
         size, digest = path.stat().st_size, digest_of(path)
         self.parts.append(Part(str(path), self.split, len(self._lengths), self._tokens, size, digest))
         self._spooled.unlink()

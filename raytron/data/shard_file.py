@@ -62,6 +62,7 @@ def write_shard(
     tokens: NDArray[np.uint16] | NDArray[np.uint32],
     offsets: NDArray[np.int64],
     doc_ids: NDArray[np.uint64],
+    *,
     columns: Mapping[str, pa.Array] | None = None,
 ) -> None:
     """Writes a shard so that it is either whole or absent. Shapes as in `Shard`; the folder must exist."""
@@ -75,6 +76,7 @@ def write_shard_of(
     dtype: type[np.uint16] | type[np.uint32],
     offsets: NDArray[np.int64],
     doc_ids: NDArray[np.uint64],
+    *,
     columns: Mapping[str, pa.Array] | None = None,
 ) -> None:
     """Writes the file that `write_shard` would, its tokens coming in pieces that together are offsets[-1] long."""

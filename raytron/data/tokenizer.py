@@ -109,6 +109,12 @@ UNPACK: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
 }
 
 
+def token_ids(path: Path, names: Sequence[str]) -> list[int | None]:
+    """The ids of tokens by name in a tokenizer's file; None for one that it does not have. Raises as `Tokenizer`."""
+    codec, _ = _codec(path, "", None)
+    return [codec.id_of(name) for name in names]
+
+
 def train_tokenizer(path: Path, texts: Iterable[str], vocab: int, eod: str) -> Tokenizer:
     """Trains a byte-level BPE of up to `vocab` ids (the `eod` token is id 0), saves it and loads it.
 

@@ -21,7 +21,7 @@ from raytron.data.check import data_problems
 from raytron.data.codec_tiktoken import SCHEMES
 from raytron.data.prepare import prepare
 from raytron.data.shards import open_dataset
-from raytron.data.tokenizer import Tokenizer, train_tokenizer
+from raytron.data.tokenizer import Tokenizer, token_ids, train_tokenizer
 from raytron.errors import ConfigError, DataError
 
 EOD = "<|endoftext|>"
@@ -73,6 +73,8 @@ def test_one_file_holds_any_tokenizer_whole(tokenizers: dict[str, Tokenizer], ki
     for text in ("the cat", "ä€😀 12345\n\n x", ""):
         assert stored.encode(text) == tokenizer.encode(text)
     assert stored.save(tmp_path / "again.json").sha256 == tokenizer.sha256
+    end = "</s>" if kind == "sentencepiece" else EOD
+    assert token_ids(tmp_path / "tokenizer.json", ["absent", end]) == [None, tokenizer.eod]
     with pytest.raises(ConfigError, match=r"has no token 'absent'\n.*use one of: "):
         Tokenizer(tmp_path / "tokenizer.json", "absent")
 
