@@ -263,7 +263,12 @@ class TokenizerConfig:
 class DataConfig:
     dataset: str | None = None  # a tokenized data set; None: prepared from `sources` into run_dir/data
     sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, URLs of those, or the word python-stdlib
-    text_key: str = "text"  # field or column of JSONL, Parquet and Arrow sources
+    format: Literal["text", "chat"] = (
+        "text"  # what a record holds; chat: messages, of which the assistant's are learned
+    )
+    text_key: str = "text"  # text: field or column of JSONL, Parquet and Arrow sources
+    messages_key: str = "messages"  # chat: field or column of a list of {role, content}
+    chat_template: str | None = None  # chat: a Jinja file; None: the tokenizer's own, or ChatML
     metadata_keys: tuple[str, ...] = ()  # other fields or columns that are kept beside each document
     on_bad_record: Literal["stop", "skip"] = (
         "stop"  # where a record is broken; skipped ones are counted in the manifest

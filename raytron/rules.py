@@ -691,7 +691,8 @@ def _data(config: RunConfig) -> Iterator[Problem]:
 
 
 def _metadata(config: RunConfig) -> Iterator[Problem]:
-    keys, text_key = config.data.metadata_keys, config.data.text_key
+    keys, chat = config.data.metadata_keys, config.data.format == "chat"
+    text_key = config.data.messages_key if chat else config.data.text_key
     if text_key in keys:
         what = f"{text_key!r} holds the text, which becomes tokens"
         yield Problem("data.metadata_keys", what, "leave it out")
@@ -711,9 +712,10 @@ def _trace(config: RunConfig) -> Iterator[Problem]:
 
 def _texts(config: RunConfig) -> Iterator[Problem]:
     for key, value in flatten(to_mapping(config)).items():
-        needed = key in ("name", "run_dir", "data.text_key", "data.tokenizer.eod")
+        needed = key in ("name", "run_dir", "data.text_key", "data.messages_key", "data.tokenizer.eod")
         optional = key in (
-            "data.dataset", "data.tokenizer.path", "data.tokenizer.pattern", "evaluate.prompt", "cluster.address"
+            "data.dataset", "data.chat_template", "data.tokenizer.path", "data.tokenizer.pattern",
+            "evaluate.prompt", "cluster.address",
         )  # fmt: skip
         if (needed or (optional and value is not None)) and not str(value).strip():
             yield Problem(key, "is empty", "give a text" + ("" if needed else ", or null"))
@@ -843,11 +845,25 @@ UNUSED: tuple[Unused, ...] = (
         "set model.positions to rope",
     ),
     Unused(
-        "data.metadata_keys data.on_bad_record data.tokenizer.backend",
+        "data.format data.metadata_keys data.on_bad_record data.tokenizer.backend",
         "data.dataset",
         lambda config: config.data.dataset is None,
         "where the data set is made already",
         "set data.dataset to null",
+    ),
+    Unused(
+        "data.text_key",
+        "data.format",
+        lambda config: config.data.format == "text",
+        "on conversations",
+        "set data.format to text",
+    ),
+    Unused(
+        "data.messages_key data.chat_template",
+        "data.format",
+        lambda config: config.data.format == "chat",
+        "where records are no conversations",
+        "set data.format to chat",
     ),
     Unused(
         "data.tokenizer.pattern",
@@ -956,7 +972,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ),
     ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero data_parallel.reduce determinism", _gradient_noise),
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
-    ("data.metadata_keys data.text_key", _metadata),
+    ("data.metadata_keys data.format data.text_key data.messages_key", _metadata),
     ("", _texts),
     *((f"{row.keys} {row.reads}", row.check) for row in UNUSED),
     ("resume.allow", _resume),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from raytron.config import DataConfig, RunConfig, to_mapping
+from raytron.data.chat import check_template, read_template
 from raytron.data.corpus import resolve
 from raytron.data.fast import FAST, Encoder
 from raytron.data.manifest import FILE_NAME
@@ -18,7 +19,8 @@ from raytron.data.tokenizer import SMALLEST_VOCAB, Tokenizer
 from raytron.errors import ConfigError, DataError, Problem, RaytronError
 
 BUILD_KEYS = (
-    "sources", "text_key", "metadata_keys", "on_bad_record", "validation_fraction", "shard_mb", "max_mb", "tokenizer"
+    "sources", "format", "text_key", "messages_key", "chat_template", "metadata_keys", "on_bad_record",
+    "validation_fraction", "shard_mb", "max_mb", "tokenizer",
 )  # fmt: skip
 
 
@@ -36,7 +38,13 @@ def build_config(data: DataConfig) -> dict[str, object]:
 
 def fields_of(data: DataConfig) -> Fields:
     """What a build takes of each record."""
-    return Fields(data.text_key, data.metadata_keys, data.on_bad_record)
+    chat = data.format == "chat"
+    return Fields(data.messages_key if chat else data.text_key, data.metadata_keys, data.on_bad_record, chat)
+
+
+def template_of(data: DataConfig) -> str | None:
+    """The chat template of a build, in Jinja; None where records are text. Raises DataError where it can't be read."""
+    return read_template(data.chat_template, data.tokenizer.path) if data.format == "chat" else None
 
 
 def data_problems(config: RunConfig) -> list[Problem]:
@@ -90,6 +98,9 @@ def source_problems(data: DataConfig) -> list[Problem]:
             tokenizer = _given(data)
             if data.tokenizer.backend == FAST:
                 Encoder(tokenizer, FAST)
+        template = template_of(data)
+        if template is not None:
+            check_template(template)
     except RaytronError as error:
         found += problems_of(error, "data.tokenizer.path")
     return found

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -109,13 +110,29 @@ def _cut_tail(folder: Path, entries: Sequence[ShardEntry], fraction: float) -> l
     head_documents = int(np.searchsorted(shard.offsets[:-1], cut))
     tail_first = int(np.searchsorted(shard.offsets, cut, side="right")) - 1  # the document that holds token `cut`
     tail_offsets = np.maximum(shard.offsets[tail_first:] - cut, 0)
-    columns = {name: column.slice(tail_first) for name, column in shard.columns.items()}
+    columns = _cut_columns(shard.columns, tail_first, shard.documents, cut - int(shard.offsets[tail_first]), None)
     write_shard(held_out, shard.tokens[cut:], tail_offsets, shard.doc_ids[tail_first:], columns=columns)
     head_offsets = np.minimum(shard.offsets[: head_documents + 1], cut)
-    columns = {name: column.slice(0, head_documents) for name, column in shard.columns.items()}
+    columns = _cut_columns(shard.columns, 0, head_documents, 0, cut - int(shard.offsets[head_documents - 1]))
     write_shard(path, shard.tokens[:cut], head_offsets, shard.doc_ids[:head_documents], columns=columns)
     return [
         *before,
         _entry(path, "train", head_documents, cut),
         _entry(held_out, "validation", shard.documents - tail_first, tail),
     ]
+
+
+def _cut_columns(
+    columns: Mapping[str, Any], first: int, stop: int, from_token: int, to_token: int | None
+) -> dict[str, pa.Array]:
+    """What is kept of documents [first, stop), of which the first begins at its token `from_token`, or the last ends at its
+    token `to_token`: loss spans are those of what is left."""
+    cut = {name: column.slice(first, stop - first) for name, column in columns.items()}
+    if "loss_spans" in cut and first < stop:
+        spans = cut["loss_spans"]
+        row = 0 if to_token is None else len(spans) - 1
+        pairs = np.array(spans[row].as_py(), np.int64).reshape(-1, 2)
+        pairs = np.clip(pairs, from_token, to_token) - from_token
+        left = pa.array([pairs[pairs[:, 0] < pairs[:, 1]].ravel().tolist()], spans.type)
+        cut["loss_spans"] = pa.concat_arrays([spans.slice(0, row), left, spans.slice(row + 1)])
+    return cut

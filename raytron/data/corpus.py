@@ -171,9 +171,10 @@ def _units_of(file: File, source: str, fields: Fields, found: list[Problem]) -> 
         remedy = "unpack it; of packed files only .jsonl.gz and .jsonl.zst are read"
         found.append(Problem(WHERE, f"{file.path} is packed", remedy))
         return []
-    if kind == "text" and fields.metadata_keys:
-        what = f"{file.path} is plain text, which has no fields to keep"
-        found.append(Problem("data.metadata_keys", what, "leave it empty, or give JSONL, Parquet or Arrow"))
+    if kind == "text" and (fields.metadata_keys or fields.chat):
+        where, what = ("data.format", "no messages") if fields.chat else ("data.metadata_keys", "no fields to keep")
+        remedy = "give JSONL, Parquet or Arrow" if fields.chat else "leave it empty, or give JSONL, Parquet or Arrow"
+        found.append(Problem(where, f"{file.path} is plain text, which has {what}", remedy))
         return []
     if kind in ("jsonl.gz", "jsonl.zst"):
         return [Unit(file.path, kind, 0, NO_END, file.size * PACKED_RATIO, stamp=file.stamp)] if file.size else []
@@ -200,8 +201,10 @@ def _parquet_units(file: File, fields: Fields, found: list[Problem]) -> list[Uni
         schema, meta = opened_file.schema_arrow, opened_file.metadata
     if not _has_columns(file.path, schema, fields, found):
         return []
-    column = [meta.schema.column(i).path for i in range(meta.num_columns)].index(fields.text_key)
-    sizes = [meta.row_group(i).column(column).total_uncompressed_size for i in range(meta.num_row_groups)]
+    paths = [meta.schema.column(i).path.split(".")[0] for i in range(meta.num_columns)]
+    columns = [i for i, name in enumerate(paths) if name == fields.key]  # several, where it holds messages
+    groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+    sizes = [sum(group.column(i).total_uncompressed_size for i in columns) for group in groups]
     return _runs(file, "parquet", sizes)
 
 
@@ -213,13 +216,13 @@ def _arrow_units(file: File, fields: Fields, found: list[Problem]) -> list[Unit]
             return []
         if scheme_of(file.path) is not None:
             return [Unit(file.path, "arrow", 0, NO_END, file.size, stamp=file.stamp)]
-        return _runs(file, "arrow", [batch.column(fields.text_key).nbytes for batch in batches(0)])
+        return _runs(file, "arrow", [batch.column(fields.key).nbytes for batch in batches(0)])
 
 
 def _has_columns(path: str, schema: Any, fields: Fields, found: list[Problem]) -> bool:
-    """Whether a table has the columns that are used, the text being text."""
-    columns = ", ".join(schema.names)
-    wanted = [("data.text_key", fields.text_key), *(("data.metadata_keys", key) for key in fields.metadata_keys)]
+    """Whether a table has the columns that are used, text being text and messages a list."""
+    columns, key = ", ".join(schema.names), "data.messages_key" if fields.chat else "data.text_key"
+    wanted = [(key, fields.key), *(("data.metadata_keys", key) for key in fields.metadata_keys)]
     missing = [
         Problem(where, f"{path} has no column {key!r}", f"use one of its columns: {columns}")
         for where, key in wanted
@@ -228,10 +231,12 @@ def _has_columns(path: str, schema: Any, fields: Fields, found: list[Problem]) -
     found += missing
     if missing:
         return False
-    kind = schema.field(fields.text_key).type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+    kind, types = schema.field(fields.key).type, pa.types
+    texts, lists = (types.is_string, types.is_large_string, types.is_string_view), (types.is_list, types.is_large_list)
+    if any(is_one(kind) for is_one in (lists if fields.chat else texts)):
         return True
-    found.append(Problem("data.text_key", f"column {fields.text_key!r} of {path} is {kind}", "name a column of text"))
+    remedy = f"name a column of {'messages' if fields.chat else 'text'}"
+    found.append(Problem(key, f"column {fields.key!r} of {path} is {kind}", remedy))
     return False
 
 

@@ -217,7 +217,7 @@ def _take(file: IO[bytes], index: Index, first: int, last: int, to: Tokenizer, s
     order.update(np.array(ids, np.uint64).tobytes())
     if documents:
         sizes = np.array([len(one) for one in documents], np.int64)
-        splits.add(np.concatenate(documents), sizes, ids, [None] * len(ids))
+        splits.add(np.concatenate(documents), sizes, ids)
     return len(lengths) - len(documents)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 from raytron.data.manifest import SPLITS, Split
 from raytron.data.order import mix64
 from raytron.data.shard_file import CHUNK_BYTES, digest_of, offsets_of, replacing, token_dtype, write_shard_of
+
+Types = Mapping[str, pa.DataType]  # of columns beside the tokens and the ids of documents
+Columns = Mapping[str, Sequence[Any]]  # their values, one for each document
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Part:
 class PartWriter:
     """Writes the documents of one split, one part after another.
 
-    stem: of the files' names. limit: tokens after which a part ends, with the document that reaches it. metadata: whether
-    documents have some.
+    stem: of the files' names. limit: tokens after which a part ends, with what was added when it was reached. types: of
+    what else is kept of each document, by the name of its column.
     """
 
     def __init__(
@@ -55,17 +58,18 @@ class PartWriter:
         split: Split,
         dtype: type[np.uint16] | type[np.uint32],
         limit: int,
-        metadata: bool,
+        types: Types,
     ):
         self.folder, self.stem, self.split, self.dtype, self.limit = folder, stem, split, dtype, limit
-        self.metadata = metadata
+        self.types = types
         self.parts: list[Part] = []
         self._spooled = folder / f".{stem}.{os.getpid()}.spool"
         self._begin()
 
     def _begin(self) -> None:
         self._file: Any = None
-        self._lengths, self._ids, self._kept = array("q"), array("Q"), list[Any]()
+        self._lengths, self._ids = array("q"), array("Q")
+        self._kept: dict[str, list[Any]] = {name: [] for name in self.types}
         self._tokens = self._under_way = 0
 
     def extend(self, tokens: NDArray[np.uint32]) -> None:
@@ -75,19 +79,17 @@ class PartWriter:
         self._file.write(tokens.astype(self.dtype).data)
         self._under_way += len(tokens)
 
-    def end(self, doc_id: int, metadata: str | None) -> None:
-        """Ends the document that goes on."""
+    def end(self, doc_id: int, kept: Mapping[str, Any]) -> None:
+        """Ends the document that goes on. kept: a value for each column."""
         length, self._under_way = self._under_way, 0
-        self._add_facts([length], [doc_id], [metadata])
+        self._add_facts([length], [doc_id], {name: [value] for name, value in kept.items()})
 
-    def add(
-        self, tokens: NDArray[np.uint32], lengths: Sequence[int], ids: Sequence[int], metadata: Sequence[str | None]
-    ) -> None:
-        """Whole documents, their tokens (sum of lengths,) one after another."""
+    def add(self, tokens: NDArray[np.uint32], lengths: Sequence[int], ids: Sequence[int], kept: Columns) -> None:
+        """Whole documents, their tokens (sum of lengths,) one after another. kept: the values of each column."""
         if len(lengths):
             self.extend(tokens)
             self._under_way = 0
-            self._add_facts(lengths, ids, metadata)
+            self._add_facts(lengths, ids, kept)
 
     def finish(self) -> list[Part]:
         """Every part."""
@@ -100,12 +102,12 @@ class PartWriter:
             self._file.close()
         self._spooled.unlink(missing_ok=True)
 
-    def _add_facts(self, lengths: Sequence[int], ids: Sequence[int], metadata: Sequence[str | None]) -> None:
+    def _add_facts(self, lengths: Sequence[int], ids: Sequence[int], kept: Columns) -> None:
         self._lengths.extend(lengths)
         self._ids.extend(ids)
         self._tokens += sum(lengths)
-        if self.metadata:
-            self._kept.append(pa.array(metadata, pa.large_string()))
+        for name, kind in self.types.items():
+            self._kept[name].append(pa.array(kept[name], kind))
         if self._tokens >= self.limit:
             self._close()
 
@@ -114,7 +116,7 @@ class PartWriter:
             return
         self._file.close()
         path = self.folder / f"{self.stem}-{len(self.parts):03d}.arrow"
-        columns = {"metadata": pa.concat_arrays(self._kept)} if self.metadata else {}
+        columns = {name: pa.concat_arrays(arrays) for name, arrays in self._kept.items()}
         offsets = offsets_of(np.frombuffer(self._lengths, np.int64))
         write_shard_of(path, self._spool(), self.dtype, offsets, np.frombuffer(self._ids, np.uint64), columns=columns)
         size, digest = path.stat().st_size, digest_of(path)
@@ -135,33 +137,37 @@ class Splits:
     A document's id chooses its split, the validation split with probability `fraction`.
     """
 
-    def __init__(self, folder: Path, group: int, vocab: int, fraction: float, limit: int, metadata: bool = False):
+    def __init__(self, folder: Path, group: int, vocab: int, fraction: float, limit: int, types: Types | None = None):
         self.fraction = fraction
         self.counts = np.zeros(vocab, np.int64)
         dtype = token_dtype(vocab)
         self.writers = {
-            split: PartWriter(folder, f"{group:06d}-{split}", split, dtype, limit, metadata) for split in SPLITS
+            split: PartWriter(folder, f"{group:06d}-{split}", split, dtype, limit, types or {}) for split in SPLITS
         }
 
     def add(
-        self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], ids: Sequence[int], metadata: Sequence[str | None]
+        self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], ids: Sequence[int], kept: Columns | None = None
     ) -> None:
-        """Whole documents: their tokens (sum of lengths,), the end of each included, and for each its length and id."""
+        """Whole documents: their tokens (sum of lengths,), the end of each included, and for each its length, its id and
+        the value of each column."""
         held_out = np.array([is_validation(one, self.fraction) for one in ids], bool)
         for split, writer in self.writers.items():
             chosen = held_out if split == "validation" else ~held_out
             rows = np.flatnonzero(chosen).tolist()
             taken = tokens[np.repeat(chosen, lengths)]
-            writer.add(taken, lengths[chosen].tolist(), [ids[row] for row in rows], [metadata[row] for row in rows])
+            values = {name: [column[row] for row in rows] for name, column in (kept or {}).items()}
+            writer.add(taken, lengths[chosen].tolist(), [ids[row] for row in rows], values)
             self._count(split, taken)
 
-    def add_pieces(self, pieces: Iterable[NDArray[np.uint32]], doc_id: int, metadata: str | None = None) -> None:
+    def add_pieces(
+        self, pieces: Iterable[NDArray[np.uint32]], doc_id: int, kept: Mapping[str, Any] | None = None
+    ) -> None:
         """One document, its tokens in pieces, its end included."""
         split: Split = "validation" if is_validation(doc_id, self.fraction) else "train"
         for piece in pieces:
             self.writers[split].extend(piece)
             self._count(split, piece)
-        self.writers[split].end(doc_id, metadata)
+        self.writers[split].end(doc_id, kept or {})
 
     def finish(self) -> tuple[Part, ...]:
         """Every part, training first."""

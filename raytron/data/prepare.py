@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytron.config import DataConfig, RunConfig
-from raytron.data.check import build_config, data_folder, dataset_problems, fields_of, max_bytes, other_build
+from raytron.data.chat import TEMPLATE_NAME
+from raytron.data.check import (
+    build_config,
+    data_folder,
+    dataset_problems,
+    fields_of,
+    max_bytes,
+    other_build,
+    template_of,
+)
 from raytron.data.compact import compact
 from raytron.data.corpus import Corpus, resolve, sample
 from raytron.data.manifest import FILE_NAME, SPLITS, Manifest, ShardEntry, Unigram, write_manifest
@@ -81,9 +90,9 @@ def _attempt(data: DataConfig, corpus: Corpus) -> str:
     """What an attempt is known by: the configuration, the corpus as it was found, and the tokenizer, if one is given."""
     given = data.tokenizer
     digest = None if given.path is None else Tokenizer(given.path, given.eod, given.pattern).sha256
-    return json.dumps(
-        {"version": ATTEMPT_VERSION, "build": build_config(data), "corpus": corpus.stamp, "tokenizer": digest}
-    )
+    build, template = build_config(data), template_of(data)
+    facts = {"build": build, "corpus": corpus.stamp, "tokenizer": digest, "template": template}
+    return json.dumps({"version": ATTEMPT_VERSION, **facts})
 
 
 def _clear(folder: Path, attempt: str) -> None:
@@ -112,7 +121,12 @@ def _clear(folder: Path, attempt: str) -> None:
 def _is_ours(path: Path) -> bool:
     name = path.name.strip(".").split(".")[0] + path.suffix
     shard = any(path.name.lstrip(".").startswith(f"{split}-") for split in SPLITS)
-    return path.name == PARTS or name == TOKENIZER_NAME or path.suffix == ".tmp" or (shard and path.suffix == ".arrow")
+    return (
+        path.name in (PARTS, TEMPLATE_NAME)
+        or name == TOKENIZER_NAME
+        or path.suffix == ".tmp"
+        or (shard and path.suffix == ".arrow")
+    )
 
 
 def _make_tokenizer(data: DataConfig, corpus: Corpus, path: Path, report: Report) -> Tokenizer:
@@ -139,14 +153,17 @@ def _tokenize(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer, folder: Pa
         folder=str(parts),
         tokenizer=str(tokenizer.path.absolute()),
         eod=data.tokenizer.eod,
-        text_key=data.text_key,
+        text_key=fields_of(data).key,
         validation_fraction=data.validation_fraction,
         part_tokens=shard_tokens,
         metadata_keys=data.metadata_keys,
         on_bad_record=data.on_bad_record,
         backend=data.tokenizer.backend,
         tokenizer_sha256=tokenizer.sha256,
+        chat_template=template_of(data),
     )
+    if job.chat_template is not None:
+        (folder / TEMPLATE_NAME).write_text(job.chat_template, encoding="utf-8")
 
     def share(fraction: float, message: str) -> None:
         report(TOKENIZER_SHARE + (0.99 - TOKENIZER_SHARE) * fraction, message)

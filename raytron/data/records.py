@@ -1,8 +1,8 @@
 """From a unit of a corpus to its records, one at a time: in bounded memory, however large the file.
 
     text                            the unit is one record
-    jsonl, jsonl.gz, jsonl.zst      a line is one: an object whose field `text_key` is the text
-    parquet, arrow                  a row is one: column `text_key`
+    jsonl, jsonl.gz, jsonl.zst      a line is one: an object whose field `key` is the text, or the messages
+    parquet, arrow                  a row is one: column `key`
 
 A record that can't be used (no JSON, no such field, no UTF-8, longer than LONGEST_RECORD) is yielded as the Problem that
 says so; what becomes of it is `data.on_bad_record`. A file that breaks off, or is damaged so that what follows can't be
@@ -24,6 +24,7 @@ from typing import IO, Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from raytron.data.chat import Chat, ChatError, Message, Segment, messages_of, transcript
 from raytron.data.files import opened, scheme_of
 from raytron.errors import DataError, Problem
 
@@ -54,14 +55,17 @@ class Unit:
 class Fields:
     """What of a record is used, and what is done with a bad one."""
 
-    text_key: str = "text"
+    key: str = "text"  # of the text, or of the messages
     metadata_keys: tuple[str, ...] = ()
     on_bad_record: str = "stop"
+    chat: bool = False  # whether a record is a conversation
 
 
 class Record(NamedTuple):
     text: str
     metadata: str | None = None  # a JSON object of the fields that are kept
+    messages: tuple[Message, ...] = ()  # of a conversation, whose text is its transcript
+    segments: tuple[Segment, ...] = ()  # of a conversation that a template was laid over
 
 
 @dataclass
@@ -77,13 +81,15 @@ class Tally:
             self.examples.append(f"{problem.where}: {problem.what}")
 
 
-def records(unit: Unit, fields: Fields, tally: Tally) -> Iterator[Record]:
-    """The records of a unit, none of them blank.
+def records(unit: Unit, fields: Fields, tally: Tally, chat: Chat | None = None) -> Iterator[Record]:
+    """The records of a unit, none of them blank; conversations in segments, where `chat` is given.
 
     Raises DataError naming the file (and line or row) that can't be read; with `on_bad_record` of `skip`, bad records are
     counted in `tally` instead.
     """
     for found in _found(unit, fields):
+        if isinstance(found, Record) and chat is not None:
+            found = _in_segments(found, unit.path, chat)
         if isinstance(found, Record):
             if found.text and not found.text.isspace():
                 yield found
@@ -93,9 +99,9 @@ def records(unit: Unit, fields: Fields, tally: Tally) -> Iterator[Record]:
             raise DataError(found._replace(remedy=f"{found.remedy}; or set data.on_bad_record to skip"))
 
 
-def documents(unit: Unit, text_key: str) -> Iterator[str]:
+def documents(unit: Unit, key: str) -> Iterator[str]:
     """The texts of a unit; a bad record is an error."""
-    return (record.text for record in records(unit, Fields(text_key), Tally()))
+    return (record.text for record in records(unit, Fields(key), Tally()))
 
 
 def _found(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
@@ -108,6 +114,13 @@ def _found(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
                 yield found
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(Problem(unit.path, f"can't be read: {error}", MEND)) from None
+
+
+def _in_segments(record: Record, path: str, chat: Chat) -> Record | Problem:
+    try:
+        return record._replace(segments=tuple(chat.segments(record.messages)))
+    except ChatError as error:
+        return Problem(path, f"the conversation that begins {record.text[:40]!r} {error}", MEND)
 
 
 def _is_unicode(text: str) -> bool:
@@ -229,14 +242,25 @@ def _line(file: IO[bytes], path: str, place: str, fields: Fields) -> tuple[int, 
 
 def _record_of(record: Any, path: str, place: str, fields: Fields) -> Record | Problem:
     """What is used of a line's object; nulls have no text."""
-    remedy = "set data.text_key to the field that holds the text"
-    if not isinstance(record, dict) or fields.text_key not in record:
+    where, holds = ("data.messages_key", "messages") if fields.chat else ("data.text_key", "text")
+    remedy = f"set {where} to the field that holds the {holds}"
+    if not isinstance(record, dict) or fields.key not in record:
         keys = ", ".join(record) if isinstance(record, dict) else "none"
-        return Problem(path, f"{place} has no field {fields.text_key!r}; its fields: {keys}", remedy)
-    text = record[fields.text_key]
+        return Problem(path, f"{place} has no field {fields.key!r}; its fields: {keys}", remedy)
+    text, metadata = record[fields.key], _metadata(record, fields.metadata_keys)
+    if fields.chat:
+        return _conversation(text, metadata, path, place)
     if text is not None and not isinstance(text, str):
-        return Problem(path, f"{place}: field {fields.text_key!r} is {type(text).__name__}, not text", remedy)
-    return Record(text or "", _metadata(record, fields.metadata_keys))
+        return Problem(path, f"{place}: field {fields.key!r} is {type(text).__name__}, not text", remedy)
+    return Record(text or "", metadata)
+
+
+def _conversation(value: Any, metadata: str | None, path: str, place: str) -> Record | Problem:
+    try:
+        messages = messages_of(value)
+    except ChatError as error:
+        return Problem(path, f"{place} {error}", MEND)
+    return Record(transcript(messages), metadata, tuple(messages))
 
 
 def _metadata(record: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -253,7 +277,7 @@ def _too_long(path: str, place: str, size: int) -> Problem:
 
 def _read_parquet(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
     with opened(unit.path) as source, parquet.ParquetFile(source, buffer_size=WINDOW_BYTES) as file:
-        groups, columns = list(range(unit.start, unit.stop)), [fields.text_key, *fields.metadata_keys]
+        groups, columns = list(range(unit.start, unit.stop)), [fields.key, *fields.metadata_keys]
         count = sum(file.metadata.row_group(group).num_rows for group in groups)
         row = 0
         for rows in file.iter_batches(_rows_at_once(unit.bytes, count), groups, columns):
@@ -266,7 +290,7 @@ def _read_arrow(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
         for number, batch in enumerate(batches(unit.start)):
             if unit.start + number >= unit.stop:
                 return
-            batch = batch.select([fields.text_key, *fields.metadata_keys])
+            batch = batch.select([fields.key, *fields.metadata_keys])
             step = _rows_at_once(batch.nbytes, len(batch))
             for row in range(0, len(batch), step):
                 place = f"record batch {unit.start + number}"
@@ -309,13 +333,15 @@ def _rows(rows: Any, path: str, place: str, first: int, fields: Fields) -> Itera
     """The records of some rows. first: the number of the first row, for its name."""
     kept = [_metadata(row, fields.metadata_keys) for row in rows.select(list(fields.metadata_keys)).to_pylist()]
     kept = kept or [None] * len(rows)
-    for number, (value, metadata) in enumerate(zip(rows.column(fields.text_key), kept, strict=True)):
+    for number, (value, metadata) in enumerate(zip(rows.column(fields.key), kept, strict=True)):
         try:
             text = value.as_py()
         except UnicodeDecodeError:
             yield Problem(path, f"row {first + number} of {place} is not UTF-8 text", MEND)
             continue
-        if text is not None and len(text) > LONGEST_RECORD:
+        if fields.chat:
+            yield _conversation(text, metadata, path, f"row {first + number} of {place}")
+        elif text is not None and len(text) > LONGEST_RECORD:
             yield _too_long(path, f"row {first + number} of {place}", len(text))
         elif text is not None:
             yield Record(text, metadata)

@@ -18,11 +18,14 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from raytron.data.chat import Chat, encode
 from raytron.data.fast import Encoder
 from raytron.data.parts import Done, Splits, read_receipt, write_receipt
 from raytron.data.records import Fields, Record, Tally, Unit, records
@@ -38,22 +41,29 @@ class Job:
     folder: str  # where parts are written; the same directory on every node
     tokenizer: str
     eod: str
-    text_key: str
+    text_key: str  # or the key of the messages
     validation_fraction: float
     part_tokens: int = 2**27  # after which a part ends
     metadata_keys: tuple[str, ...] = ()
     on_bad_record: str = "stop"
     backend: str = "auto"
     tokenizer_sha256: str = ""  # a file that is another one now is loaded anew
+    chat_template: str | None = None  # of conversations, in Jinja; None: records are text
 
     @property
     def fields(self) -> Fields:
-        return Fields(self.text_key, self.metadata_keys, self.on_bad_record)
+        return Fields(self.text_key, self.metadata_keys, self.on_bad_record, self.chat_template is not None)
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Of the columns beside the tokens and the ids of documents."""
+        types = {"metadata": pa.large_string()} if self.metadata_keys else {}
+        return types if self.chat_template is None else {**types, "loss_spans": pa.list_(pa.int32())}
 
     def key(self, units: Sequence[Unit], tokenizer_sha256: str) -> str:
         """A digest of what decides the result of a task: equal keys, equal parts."""
         decides = (tokenizer_sha256, self.eod, self.validation_fraction, self.part_tokens, astuple(self.fields))
-        text = json.dumps([decides, [astuple(unit) for unit in units]])
+        text = json.dumps([decides, self.chat_template, [astuple(unit) for unit in units]])
         return xxhash.xxh3_128_hexdigest(text.encode())
 
 
@@ -84,8 +94,9 @@ class _Work:
     def __init__(self, group: int, tokenizer: Tokenizer, job: Job):
         self.group, self.job, self.eod = group, job, tokenizer.eod
         self.encoder = Encoder(tokenizer, job.backend)
-        fraction, metadata = job.validation_fraction, bool(job.metadata_keys)
-        self.splits = Splits(Path(job.folder), group, tokenizer.vocab, fraction, job.part_tokens, metadata)
+        self.chat = None if job.chat_template is None else Chat(job.chat_template, tokenizer)
+        fraction, limit = job.validation_fraction, job.part_tokens
+        self.splits = Splits(Path(job.folder), group, tokenizer.vocab, fraction, limit, job.types)
         self._batch: list[Record] = []
         self._chars = self._skipped = self._documents = 0
         self._order = xxhash.xxh3_128()
@@ -94,9 +105,9 @@ class _Work:
     def read(self, unit: Unit) -> None:
         """Takes in the records of a unit."""
         held = False
-        for record in records(unit, self.job.fields, self._tally):
+        for record in records(unit, self.job.fields, self._tally, self.chat):
             held = True
-            if len(record.text) > PIECE_CHARS:
+            if self.chat is None and len(record.text) > PIECE_CHARS:
                 self._flush()
                 self._take_giant(record)
                 continue
@@ -126,9 +137,13 @@ class _Work:
         if not batch:
             return
         ids = [xxhash.xxh3_64_intdigest(record.text.encode("utf-8")) for record in batch]
-        flat, lengths = self.encoder.encode([record.text for record in batch])
-        flat = np.insert(flat, np.cumsum(lengths), self.eod)
-        self.splits.add(flat, lengths + 1, ids, [record.metadata for record in batch])
+        kept: dict[str, Sequence[Any]] = {"metadata": [one.metadata for one in batch]} if self.job.metadata_keys else {}
+        if self.chat is not None:
+            flat, lengths, kept["loss_spans"] = encode([one.segments for one in batch], self.encoder, self.eod)
+        else:
+            flat, lengths = self.encoder.encode([record.text for record in batch])
+            flat, lengths = np.insert(flat, np.cumsum(lengths), self.eod), lengths + 1
+        self.splits.add(flat, lengths, ids, kept)
         self._note(ids)
 
     def _take_giant(self, record: Record) -> None:
@@ -138,7 +153,8 @@ class _Work:
             digest.update(piece.encode("utf-8"))
         encoded = (self.encoder.encode([piece])[0] for piece in pieces(record.text))
         end = np.array([self.eod], np.uint32)
-        self.splits.add_pieces(chain(encoded, [end]), digest.intdigest(), record.metadata)
+        kept = {"metadata": record.metadata} if self.job.metadata_keys else {}
+        self.splits.add_pieces(chain(encoded, [end]), digest.intdigest(), kept)
         self._note([digest.intdigest()])
 
     def _note(self, ids: Sequence[int]) -> None:

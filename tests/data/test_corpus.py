@@ -18,7 +18,7 @@ from raytron.errors import ConfigError, DataError
 
 
 def read(corpus: Corpus) -> list[str]:
-    return [text for unit in corpus.units for text in documents(unit, corpus.fields.text_key)]
+    return [text for unit in corpus.units for text in documents(unit, corpus.fields.key)]
 
 
 def write_jsonl(path: Path, texts: list[str | None]) -> None:
