@@ -245,34 +245,25 @@ class BatchRampConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    path: str | None = (
-        None  # tokenizer.json, SentencePiece .model, tiktoken ranks, or `byte`; None: train a byte-level BPE
-    )
-    vocab: int = 4096  # size of a trained BPE, the end-of-document token included
+    path: str | None = None  # tokenizer.json, a SentencePiece .model, tiktoken ranks, or `byte`; None: train a BPE
+    vocab: int = 4096  # size of a byte-level BPE trained on the corpus, the end-of-document token included
     train_mb: float = 8.0  # MiB of text that it is trained on
     eod: str = "<|endoftext|>"  # token that ends each document
-    pattern: str | None = (
-        None  # tiktoken ranks: how they cut text: gpt2, cl100k, o200k, llama3, or a regular expression
-    )
-    backend: Literal["auto", "tokenizers", "gigatoken"] = (
-        "auto"  # what encodes; auto: gigatoken where it gives equal ids
-    )
+    pattern: str | None = None  # of tiktoken ranks: gpt2, cl100k, o200k, llama3, or a regular expression
+    backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"  # auto: gigatoken where it gives equal ids
 
 
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str | None = None  # a tokenized data set; None: prepared from `sources` into run_dir/data
     sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, URLs of those, or the word python-stdlib
-    format: Literal["text", "chat"] = (
-        "text"  # what a record holds; chat: messages, of which the assistant's are learned
-    )
+    format: Literal["text", "chat", "preference"] = "text"  # of a record; chat: messages, the assistant's are learned;
+    # preference: `chosen` and `rejected`, messages or answers to a `prompt`, which become two documents
     text_key: str = "text"  # text: field or column of JSONL, Parquet and Arrow sources
     messages_key: str = "messages"  # chat: field or column of a list of {role, content}
-    chat_template: str | None = None  # chat: a Jinja file; None: the tokenizer's own, or ChatML
+    chat_template: str | None = None  # of messages: a Jinja file; None: the tokenizer's own, or ChatML
     metadata_keys: tuple[str, ...] = ()  # other fields or columns that are kept beside each document
-    on_bad_record: Literal["stop", "skip"] = (
-        "stop"  # where a record is broken; skipped ones are counted in the manifest
-    )
+    on_bad_record: Literal["stop", "skip"] = "stop"  # skip: bad records are left out, and counted in the manifest
     document_mask: bool = False  # attention does not cross the end of a document, and positions begin anew after it
     validation_fraction: float = 0.02  # share of documents, chosen by hash, kept for evaluation
     shard_mb: float = 256.0  # size of an Arrow shard in MiB of tokens

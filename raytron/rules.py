@@ -691,11 +691,12 @@ def _data(config: RunConfig) -> Iterator[Problem]:
 
 
 def _metadata(config: RunConfig) -> Iterator[Problem]:
-    keys, chat = config.data.metadata_keys, config.data.format == "chat"
-    text_key = config.data.messages_key if chat else config.data.text_key
-    if text_key in keys:
-        what = f"{text_key!r} holds the text, which becomes tokens"
-        yield Problem("data.metadata_keys", what, "leave it out")
+    data, keys = config.data, config.data.metadata_keys
+    told = {"text": (data.text_key,), "chat": (data.messages_key,), "preference": ("prompt", "chosen", "rejected")}
+    for name in told[data.format]:
+        if name in keys:
+            what = f"{name!r} holds the text, which becomes tokens"
+            yield Problem("data.metadata_keys", what, "leave it out")
     if len(set(keys)) < len(keys) or not all(key.strip() for key in keys):
         yield Problem("data.metadata_keys", "a name is empty or there twice", "name each field once")
 
@@ -855,15 +856,22 @@ UNUSED: tuple[Unused, ...] = (
         "data.text_key",
         "data.format",
         lambda config: config.data.format == "text",
-        "on conversations",
+        "on conversations and pairs of them",
         "set data.format to text",
     ),
     Unused(
-        "data.messages_key data.chat_template",
+        "data.messages_key",
         "data.format",
         lambda config: config.data.format == "chat",
         "where records are no conversations",
         "set data.format to chat",
+    ),
+    Unused(
+        "data.chat_template",
+        "data.format",
+        lambda config: config.data.format != "text",
+        "where records are no conversations",
+        "set data.format to chat or preference",
     ),
     Unused(
         "data.tokenizer.pattern",

@@ -34,6 +34,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ASSISTANT = "assistant"
+PAIR_KEYS = ("prompt", "chosen", "rejected")
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")  # that templates know by these names
 WHERE = "data.chat_template"
 
@@ -106,6 +107,29 @@ def messages_of(value: Any) -> list[Message]:
     return value
 
 
+def pair_of(record: Mapping[str, Any]) -> tuple[list[Message], list[Message], int]:
+    """The chosen and the rejected conversation of a record, and the number of the first message in which they differ.
+
+    A side is a list of messages, or an answer as text; what comes before it is `prompt`, messages or what the user says,
+    unless the side holds it already. Raises ChatError.
+    """
+    prompt = record.get("prompt") or []
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    chosen, rejected = (_side(record.get(key), before) for key in ("chosen", "rejected"))
+    equal = [one == other for one, other in zip(chosen, rejected, strict=False)]
+    first = equal.index(False) if False in equal else len(equal)
+    if not all(any(one["role"] == ASSISTANT for one in side[first:]) for side in (chosen, rejected)):
+        raise ChatError("has sides that do not differ in a turn of the assistant")
+    return chosen, rejected, first
+
+
+def _side(value: Any, before: Any) -> list[Message]:
+    side = [{"role": ASSISTANT, "content": value}] if isinstance(value, str) else value
+    if isinstance(side, list) and side and isinstance(side[0], dict) and side[0].get("role") != ASSISTANT:
+        before = []  # it begins at the beginning
+    return messages_of([*before, *side] if isinstance(before, list) and isinstance(side, list) else None)
+
+
 def transcript(messages: Sequence[Message]) -> str:
     """A conversation as plain text: what it is known by, and what a tokenizer is trained on."""
     return "\n\n".join(f"{one['role']}: {one['content']}" for one in messages)
@@ -122,8 +146,11 @@ class Chat:
         longest_first = sorted(self._special, key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """A conversation in pieces. Raises ChatError where the template refuses it or does not add turn to turn."""
+    def segments(self, messages: Sequence[Message], first: int = 0) -> list[Segment]:
+        """A conversation in pieces, of which the assistant's turns from message `first` on are learned.
+
+        Raises ChatError where the template refuses it or does not add turn to turn.
+        """
         for one in messages:
             spelled = next((mark for mark in self._marks if mark in one["content"] or mark in one["role"]), None)
             if spelled is not None:
@@ -134,7 +161,7 @@ class Chat:
             if one["role"] == ASSISTANT:
                 prompt, answered = self._text(messages[:number], True), self._text(messages[: number + 1], False)
                 found += self._pieces(_added(done, prompt), learned=False)
-                found += self._pieces(_added(prompt, answered), learned=True)
+                found += self._pieces(_added(prompt, answered), learned=number >= first)
                 done = answered
         rest = self._text(messages, False)
         return found + self._pieces(_added(done, rest), learned=False)

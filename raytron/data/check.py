@@ -38,13 +38,13 @@ def build_config(data: DataConfig) -> dict[str, object]:
 
 def fields_of(data: DataConfig) -> Fields:
     """What a build takes of each record."""
-    chat = data.format == "chat"
-    return Fields(data.messages_key if chat else data.text_key, data.metadata_keys, data.on_bad_record, chat)
+    key = {"text": data.text_key, "chat": data.messages_key, "preference": "chosen"}[data.format]
+    return Fields(key, data.metadata_keys, data.on_bad_record, data.format)
 
 
 def template_of(data: DataConfig) -> str | None:
     """The chat template of a build, in Jinja; None where records are text. Raises DataError where it can't be read."""
-    return read_template(data.chat_template, data.tokenizer.path) if data.format == "chat" else None
+    return read_template(data.chat_template, data.tokenizer.path) if data.format != "text" else None
 
 
 def data_problems(config: RunConfig) -> list[Problem]:

@@ -41,6 +41,7 @@ NOT_THE_LIBRARY = ("site-packages", "dist-packages", "__pycache__")
 PACKED_RATIO = 4  # what gzip or Zstandard make of text, for counting text that is not read yet
 NO_END = 2**62
 WHERE = "data.sources"
+KEYS = {"text": "data.text_key", "chat": "data.messages_key", "preference": "data.format"}  # where a column is named
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what marks a folder of `datasets`
 
 
@@ -171,9 +172,10 @@ def _units_of(file: File, source: str, fields: Fields, found: list[Problem]) -> 
         remedy = "unpack it; of packed files only .jsonl.gz and .jsonl.zst are read"
         found.append(Problem(WHERE, f"{file.path} is packed", remedy))
         return []
-    if kind == "text" and (fields.metadata_keys or fields.chat):
-        where, what = ("data.format", "no messages") if fields.chat else ("data.metadata_keys", "no fields to keep")
-        remedy = "give JSONL, Parquet or Arrow" if fields.chat else "leave it empty, or give JSONL, Parquet or Arrow"
+    chat = fields.format != "text"
+    if kind == "text" and (fields.metadata_keys or chat):
+        where, what = ("data.format", "no messages") if chat else ("data.metadata_keys", "no fields to keep")
+        remedy = "give JSONL, Parquet or Arrow" if chat else "leave it empty, or give JSONL, Parquet or Arrow"
         found.append(Problem(where, f"{file.path} is plain text, which has {what}", remedy))
         return []
     if kind in ("jsonl.gz", "jsonl.zst"):
@@ -221,21 +223,22 @@ def _arrow_units(file: File, fields: Fields, found: list[Problem]) -> list[Unit]
 
 def _has_columns(path: str, schema: Any, fields: Fields, found: list[Problem]) -> bool:
     """Whether a table has the columns that are used, text being text and messages a list."""
-    columns, key = ", ".join(schema.names), "data.messages_key" if fields.chat else "data.text_key"
-    wanted = [(key, fields.key), *(("data.metadata_keys", key) for key in fields.metadata_keys)]
+    columns, key = ", ".join(schema.names), KEYS[fields.format]
+    needed = ("chosen", "rejected") if fields.format == "preference" else (fields.key,)
+    wanted = [*((key, name) for name in needed), *(("data.metadata_keys", key) for key in fields.metadata_keys)]
     missing = [
         Problem(where, f"{path} has no column {key!r}", f"use one of its columns: {columns}")
         for where, key in wanted
         if key not in schema.names
     ]
     found += missing
-    if missing:
-        return False
+    if missing or fields.format == "preference":  # answers are text or messages
+        return not missing
     kind, types = schema.field(fields.key).type, pa.types
     texts, lists = (types.is_string, types.is_large_string, types.is_string_view), (types.is_list, types.is_large_list)
-    if any(is_one(kind) for is_one in (lists if fields.chat else texts)):
+    if any(is_one(kind) for is_one in (lists if fields.format == "chat" else texts)):
         return True
-    remedy = f"name a column of {'messages' if fields.chat else 'text'}"
+    remedy = f"name a column of {'messages' if fields.format == 'chat' else 'text'}"
     found.append(Problem(key, f"column {fields.key!r} of {path} is {kind}", remedy))
     return False
 

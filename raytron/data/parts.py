@@ -134,7 +134,8 @@ class PartWriter:
 class Splits:
     """The parts under way of one task, a writer for each split, and how often each id occurs in training.
 
-    A document's id chooses its split, the validation split with probability `fraction`.
+    A document's id chooses its split, the validation split with probability `fraction`; documents that belong together
+    have one key in its place.
     """
 
     def __init__(self, folder: Path, group: int, vocab: int, fraction: float, limit: int, types: Types | None = None):
@@ -146,11 +147,16 @@ class Splits:
         }
 
     def add(
-        self, tokens: NDArray[np.uint32], lengths: NDArray[np.int64], ids: Sequence[int], kept: Columns | None = None
+        self,
+        tokens: NDArray[np.uint32],
+        lengths: NDArray[np.int64],
+        ids: Sequence[int],
+        kept: Columns | None = None,
+        keys: Sequence[int] | None = None,
     ) -> None:
         """Whole documents: their tokens (sum of lengths,), the end of each included, and for each its length, its id and
         the value of each column."""
-        held_out = np.array([is_validation(one, self.fraction) for one in ids], bool)
+        held_out = np.array([is_validation(one, self.fraction) for one in keys or ids], bool)
         for split, writer in self.writers.items():
             chosen = held_out if split == "validation" else ~held_out
             rows = np.flatnonzero(chosen).tolist()

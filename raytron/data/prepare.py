@@ -160,6 +160,7 @@ def _tokenize(data: DataConfig, corpus: Corpus, tokenizer: Tokenizer, folder: Pa
         on_bad_record=data.on_bad_record,
         backend=data.tokenizer.backend,
         tokenizer_sha256=tokenizer.sha256,
+        format=data.format,
         chat_template=template_of(data),
     )
     if job.chat_template is not None:

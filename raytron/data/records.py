@@ -23,8 +23,9 @@ from typing import IO, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
+import xxhash
 
-from raytron.data.chat import Chat, ChatError, Message, Segment, messages_of, transcript
+from raytron.data.chat import PAIR_KEYS, Chat, ChatError, Message, Segment, messages_of, pair_of, transcript
 from raytron.data.files import opened, scheme_of
 from raytron.errors import DataError, Problem
 
@@ -35,6 +36,11 @@ WINDOW_BYTES = 2**20  # in which a line end is looked for, where a text is cut
 ROWS_BYTES = 4 * 2**20  # of rows that are decoded at once
 MOST_ROWS = 1024
 SHOWN_BAD = 8
+REMEDIES = {
+    "text": "set data.text_key to the field that holds the text",
+    "chat": "set data.messages_key to the field that holds the messages",
+    "preference": "give each record the fields chosen and rejected",
+}
 MEND = "mend the file or leave it out"
 
 
@@ -55,17 +61,26 @@ class Unit:
 class Fields:
     """What of a record is used, and what is done with a bad one."""
 
-    key: str = "text"  # of the text, or of the messages
+    key: str = "text"  # of the text, of the messages, or of one side of a pair
     metadata_keys: tuple[str, ...] = ()
     on_bad_record: str = "stop"
-    chat: bool = False  # whether a record is a conversation
+    format: str = "text"  # `data.format`
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a table's column may be called that a document is made of."""
+        return PAIR_KEYS if self.format == "preference" else (self.key,)
 
 
 class Record(NamedTuple):
     text: str
     metadata: str | None = None  # a JSON object of the fields that are kept
     messages: tuple[Message, ...] = ()  # of a conversation, whose text is its transcript
+    first: int = 0  # the message from which on the assistant's turns are learned
     segments: tuple[Segment, ...] = ()  # of a conversation that a template was laid over
+    rejected: tuple[Message, ...] = ()  # the other side of a pair that is not divided yet
+    pair: int | None = None  # a digest of both sides, of one side of a pair
+    chosen: bool | None = None  # which side
 
 
 @dataclass
@@ -88,11 +103,12 @@ def records(unit: Unit, fields: Fields, tally: Tally, chat: Chat | None = None) 
     counted in `tally` instead.
     """
     for found in _found(unit, fields):
-        if isinstance(found, Record) and chat is not None:
-            found = _in_segments(found, unit.path, chat)
         if isinstance(found, Record):
-            if found.text and not found.text.isspace():
-                yield found
+            sides = [found] if not found.rejected else _sides(found)
+            ready = [_in_segments(side, unit.path, chat) if chat is not None else side for side in sides]
+            found = next((one for one in ready if isinstance(one, Problem)), found)
+        if isinstance(found, Record):
+            yield from (one for one in ready if isinstance(one, Record) and one.text and not one.text.isspace())
         elif fields.on_bad_record == "skip":
             tally.add(found)
         else:
@@ -108,7 +124,7 @@ def _found(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
     """Records, and problems in place of those that can't be used. Raises DataError for damage of a file."""
     try:
         for found in READERS[unit.kind](unit, fields):
-            if isinstance(found, Record) and not _is_unicode(found.text):
+            if isinstance(found, Record) and not _is_unicode(found.text + (found.metadata or "")):
                 yield Problem(unit.path, "a record has half a surrogate pair, which is no text", MEND)
             else:
                 yield found
@@ -116,9 +132,19 @@ def _found(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
         raise DataError(Problem(unit.path, f"can't be read: {error}", MEND)) from None
 
 
+def _sides(record: Record) -> list[Record]:
+    """Two documents, the chosen one first."""
+    chosen, rejected = record.messages, record.rejected
+    pair = xxhash.xxh3_64_intdigest(f"{transcript(chosen)}\n\n{transcript(rejected)}".encode())
+    return [
+        record._replace(text=transcript(side), messages=side, rejected=(), pair=pair, chosen=side is chosen)
+        for side in (chosen, rejected)
+    ]
+
+
 def _in_segments(record: Record, path: str, chat: Chat) -> Record | Problem:
     try:
-        return record._replace(segments=tuple(chat.segments(record.messages)))
+        return record._replace(segments=tuple(chat.segments(record.messages, record.first)))
     except ChatError as error:
         return Problem(path, f"the conversation that begins {record.text[:40]!r} {error}", MEND)
 
@@ -242,25 +268,31 @@ def _line(file: IO[bytes], path: str, place: str, fields: Fields) -> tuple[int, 
 
 def _record_of(record: Any, path: str, place: str, fields: Fields) -> Record | Problem:
     """What is used of a line's object; nulls have no text."""
-    where, holds = ("data.messages_key", "messages") if fields.chat else ("data.text_key", "text")
-    remedy = f"set {where} to the field that holds the {holds}"
+    remedy = REMEDIES[fields.format]
     if not isinstance(record, dict) or fields.key not in record:
         keys = ", ".join(record) if isinstance(record, dict) else "none"
         return Problem(path, f"{place} has no field {fields.key!r}; its fields: {keys}", remedy)
     text, metadata = record[fields.key], _metadata(record, fields.metadata_keys)
-    if fields.chat:
-        return _conversation(text, metadata, path, place)
+    if fields.format != "text":
+        return _conversation(record, metadata, path, place, fields)
     if text is not None and not isinstance(text, str):
         return Problem(path, f"{place}: field {fields.key!r} is {type(text).__name__}, not text", remedy)
     return Record(text or "", metadata)
 
 
-def _conversation(value: Any, metadata: str | None, path: str, place: str) -> Record | Problem:
+def _conversation(
+    record: Mapping[str, Any], metadata: str | None, path: str, place: str, fields: Fields
+) -> Record | Problem:
+    """A conversation, or a pair of them, whose text then is that of both."""
     try:
-        messages = messages_of(value)
+        if fields.format == "chat":
+            messages = messages_of(record[fields.key])
+            return Record(transcript(messages), metadata, tuple(messages))
+        chosen, rejected, first = pair_of(record)
+        text = f"{transcript(chosen)}\n\n{transcript(rejected)}"
+        return Record(text, metadata, tuple(chosen), first, rejected=tuple(rejected))
     except ChatError as error:
         return Problem(path, f"{place} {error}", MEND)
-    return Record(transcript(messages), metadata, tuple(messages))
 
 
 def _metadata(record: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -277,7 +309,8 @@ def _too_long(path: str, place: str, size: int) -> Problem:
 
 def _read_parquet(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
     with opened(unit.path) as source, parquet.ParquetFile(source, buffer_size=WINDOW_BYTES) as file:
-        groups, columns = list(range(unit.start, unit.stop)), [fields.key, *fields.metadata_keys]
+        groups, names = list(range(unit.start, unit.stop)), file.schema_arrow.names
+        columns = [name for name in (*fields.columns, *fields.metadata_keys) if name in names]
         count = sum(file.metadata.row_group(group).num_rows for group in groups)
         row = 0
         for rows in file.iter_batches(_rows_at_once(unit.bytes, count), groups, columns):
@@ -290,7 +323,8 @@ def _read_arrow(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
         for number, batch in enumerate(batches(unit.start)):
             if unit.start + number >= unit.stop:
                 return
-            batch = batch.select([fields.key, *fields.metadata_keys])
+            wanted = (*fields.columns, *fields.metadata_keys)
+            batch = batch.select([name for name in wanted if name in batch.schema.names])
             step = _rows_at_once(batch.nbytes, len(batch))
             for row in range(0, len(batch), step):
                 place = f"record batch {unit.start + number}"
@@ -331,6 +365,10 @@ def _rows_at_once(size: int, rows: int) -> int:
 
 def _rows(rows: Any, path: str, place: str, first: int, fields: Fields) -> Iterator[Record | Problem]:
     """The records of some rows. first: the number of the first row, for its name."""
+    if fields.format != "text":
+        for number, row in enumerate(rows.to_pylist()):
+            yield _record_of(row, path, f"row {first + number} of {place}", fields)
+        return
     kept = [_metadata(row, fields.metadata_keys) for row in rows.select(list(fields.metadata_keys)).to_pylist()]
     kept = kept or [None] * len(rows)
     for number, (value, metadata) in enumerate(zip(rows.column(fields.key), kept, strict=True)):
@@ -339,9 +377,7 @@ def _rows(rows: Any, path: str, place: str, first: int, fields: Fields) -> Itera
         except UnicodeDecodeError:
             yield Problem(path, f"row {first + number} of {place} is not UTF-8 text", MEND)
             continue
-        if fields.chat:
-            yield _conversation(text, metadata, path, f"row {first + number} of {place}")
-        elif text is not None and len(text) > LONGEST_RECORD:
+        if text is not None and len(text) > LONGEST_RECORD:
             yield _too_long(path, f"row {first + number} of {place}", len(text))
         elif text is not None:
             yield Record(text, metadata)

@@ -5,6 +5,8 @@ A shard is one record batch, a row a document:
     tokens: large_list<uint16 | uint32>   the document's ids, its end-of-document token last
     doc_id: uint64                        what chose its split
     metadata: large_string                where `data.metadata_keys` asks for it: a JSON object
+    loss_spans: list<int32>               of conversations: pairs [start, stop) of its tokens that are learned
+    pair_id: uint64, chosen: bool         of preferences: the document beside it has the same id, and is the other side
 
 Arrow stores a list column as two flat buffers, so the whole shard is one array of tokens, in which a training sample is
 one slice, and one array of offsets, where the documents begin: no index file, nothing is scanned or copied at start-up.

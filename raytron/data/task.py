@@ -48,17 +48,20 @@ class Job:
     on_bad_record: str = "stop"
     backend: str = "auto"
     tokenizer_sha256: str = ""  # a file that is another one now is loaded anew
+    format: str = "text"  # `data.format`
     chat_template: str | None = None  # of conversations, in Jinja; None: records are text
 
     @property
     def fields(self) -> Fields:
-        return Fields(self.text_key, self.metadata_keys, self.on_bad_record, self.chat_template is not None)
+        return Fields(self.text_key, self.metadata_keys, self.on_bad_record, self.format)
 
     @property
     def types(self) -> dict[str, pa.DataType]:
         """Of the columns beside the tokens and the ids of documents."""
         types = {"metadata": pa.large_string()} if self.metadata_keys else {}
-        return types if self.chat_template is None else {**types, "loss_spans": pa.list_(pa.int32())}
+        if self.format != "text":
+            types["loss_spans"] = pa.list_(pa.int32())
+        return types if self.format != "preference" else {**types, "pair_id": pa.uint64(), "chosen": pa.bool_()}
 
     def key(self, units: Sequence[Unit], tokenizer_sha256: str) -> str:
         """A digest of what decides the result of a task: equal keys, equal parts."""
@@ -113,7 +116,7 @@ class _Work:
                 continue
             self._batch.append(record)
             self._chars += len(record.text)
-            if self._chars >= CHUNK_CHARS:
+            if self._chars >= CHUNK_CHARS and not record.chosen:  # a pair stays in one part
                 self._flush()
         self._skipped += not held
 
@@ -143,7 +146,11 @@ class _Work:
         else:
             flat, lengths = self.encoder.encode([record.text for record in batch])
             flat, lengths = np.insert(flat, np.cumsum(lengths), self.eod), lengths + 1
-        self.splits.add(flat, lengths, ids, kept)
+        keys = ids
+        if self.job.format == "preference":
+            keys = [one.pair or 0 for one in batch]
+            kept |= {"pair_id": keys, "chosen": [one.chosen for one in batch]}
+        self.splits.add(flat, lengths, ids, kept, keys)
         self._note(ids)
 
     def _take_giant(self, record: Record) -> None:
