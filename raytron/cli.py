@@ -39,6 +39,8 @@ LAZY = {
     "checkpoint page": ("raytron.checkpoint.describe", "describe"),
     "generate": ("raytron.training.generate", "generate"),
     "upcycle": ("raytron.training.upcycle", "upcycle"),
+    "import megatron-data": ("raytron.data.megatron", "import_megatron"),
+    "export megatron-data": ("raytron.data.megatron", "export_megatron"),
 }
 MANIFEST = "manifest.json"  # what a data set is known by
 
@@ -131,6 +133,25 @@ def upcycle(given: argparse.Namespace) -> int:
     return 0
 
 
+def import_(given: argparse.Namespace) -> int:
+    made = lazy(f"import {given.kind}")(
+        given.source,
+        given.directory,
+        given.tokenizer,
+        given.eod,
+        pattern=given.pattern,
+        validation_fraction=given.validation_fraction,
+    )
+    print(lazy("data page")(made.path))
+    return 0
+
+
+def export(given: argparse.Namespace) -> int:
+    for path in lazy(f"export {given.kind}")(given.dataset, given.target):
+        print(path)
+    return 0
+
+
 def status(given: argparse.Namespace) -> int:
     found = lazy("statuses")(given.run, given.address)
     if given.json:
@@ -192,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(command.__name__, help=text, description=text)
+        made = commands.add_parser(command.__name__.rstrip("_"), help=text, description=text)
         made.set_defaults(command=command)
         return made
 
@@ -230,6 +251,20 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run directory")
     made.add_argument("config", metavar="CONFIG", help="of the run to make: a YAML file, or the name of a preset")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. model.experts.count=8")
+    made = add(import_, "make a data set from files of another library")
+    made.add_argument("kind", choices=["megatron-data"])
+    made.add_argument("source", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    made.add_argument("directory", metavar="DIRECTORY", help="of the data set: empty, or not there yet")
+    made.add_argument("--tokenizer", required=True, metavar="FILE", help="that made the token ids, or the word byte")
+    made.add_argument("--eod", default="<|endoftext|>", metavar="TOKEN", help="its token that ends a document")
+    made.add_argument("--pattern", metavar="NAME", help="how tiktoken's ranks cut text, e.g. cl100k")
+    made.add_argument("--validation-fraction", type=float, default=0.02, metavar="SHARE", help="of the documents")
+    made = add(export, "write a data set as files of another library")
+    made.add_argument("kind", choices=["megatron-data"])
+    made.add_argument("dataset", metavar="DATASET")
+    made.add_argument(
+        "target", metavar="PREFIX", help="of PREFIX-train.bin and .idx, and PREFIX-validation.bin and .idx"
+    )
     made = add(remesh, "give a run at work another mesh, live, from its next step on")
     made.add_argument("run", metavar="RUN", help="the name of a run, or its directory")
     made.add_argument("overrides", metavar="key=value", nargs="+", help="e.g. mesh.tp=4 mesh.dp=1")

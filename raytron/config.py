@@ -245,10 +245,12 @@ class BatchRampConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    path: str | None = None  # a tokenizer.json; None: train a byte-level BPE on the corpus
-    vocab: int = 4096  # size of a trained BPE, the end-of-document token included
+    path: str | None = None  # tokenizer.json, a SentencePiece .model, tiktoken ranks, or `byte`; None: train a BPE
+    vocab: int = 4096  # size of a byte-level BPE trained on the corpus, the end-of-document token included
     train_mb: float = 8.0  # MiB of text that it is trained on
     eod: str = "<|endoftext|>"  # token that ends each document
+    pattern: str | None = None  # of tiktoken ranks: gpt2, cl100k, o200k, llama3, or a regular expression
+    backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"  # auto: gigatoken where it gives equal ids
 
 
 @dataclass(frozen=True)
@@ -296,8 +298,14 @@ class DataConfig:
     blend_block: int = 1024  # samples among which each source of a blend has its exact share
     stages: tuple[DataStageConfig, ...] = ()  # a curriculum: later weights of the blend
     validation: tuple[ValidationConfig, ...] = ()  # the first is the main one; (): the data's own validation splits
-    sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, or the word python-stdlib
-    text_key: str = "text"  # field or column of JSONL and Parquet sources
+    sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, URLs of those, or the word python-stdlib
+    format: Literal["text", "chat", "preference"] = "text"  # of a record; chat: messages, the assistant's are learned;
+    # preference: `chosen` and `rejected`, messages or answers to a `prompt`, which become two documents
+    text_key: str = "text"  # text: field or column of JSONL, Parquet and Arrow sources
+    messages_key: str = "messages"  # chat: field or column of a list of {role, content}
+    chat_template: str | None = None  # of messages: a Jinja file; None: the tokenizer's own, or ChatML
+    metadata_keys: tuple[str, ...] = ()  # other fields or columns that are kept beside each document
+    on_bad_record: Literal["stop", "skip"] = "stop"  # skip: bad records are left out, and counted in the manifest
     # chop: documents end to end, cut every sequence_length tokens; best_fit: whole documents, packed with little padding;
     # pad: one a sample. The last two keep documents apart
     packing: Literal["chop", "best_fit", "pad"] = "chop"

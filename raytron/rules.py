@@ -796,6 +796,17 @@ def _fill_in_the_middle(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.fim.rate", what, "use 0, or set data.tokenizer.path to a tokenizer that has them")
 
 
+def _metadata(config: RunConfig) -> Iterator[Problem]:
+    data, keys = config.data, config.data.metadata_keys
+    told = {"text": (data.text_key,), "chat": (data.messages_key,), "preference": ("prompt", "chosen", "rejected")}
+    for name in told[data.format]:
+        if name in keys:
+            what = f"{name!r} holds the text, which becomes tokens"
+            yield Problem("data.metadata_keys", what, "leave it out")
+    if len(set(keys)) < len(keys) or not all(key.strip() for key in keys):
+        yield Problem("data.metadata_keys", "a name is empty or there twice", "name each field once")
+
+
 def _trace(config: RunConfig) -> Iterator[Problem]:
     steps = config.observe.trace_steps
     if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
@@ -811,8 +822,11 @@ FIM_TOKENS = ("data.fim.prefix", "data.fim.middle", "data.fim.suffix")
 
 def _texts(config: RunConfig) -> Iterator[Problem]:
     for key, value in flatten(to_mapping(config)).items():
-        needed = key in ("name", "run_dir", "data.text_key", "data.tokenizer.eod", *FIM_TOKENS)
-        optional = key in ("data.dataset", "data.tokenizer.path", "evaluate.prompt", "cluster.address")
+        needed = key in ("name", "run_dir", "data.text_key", "data.messages_key", "data.tokenizer.eod", *FIM_TOKENS)
+        optional = key in (
+            "data.dataset", "data.chat_template", "data.tokenizer.path", "data.tokenizer.pattern",
+            "evaluate.prompt", "cluster.address",
+        )  # fmt: skip
         if (needed or (optional and value is not None)) and not str(value).strip():
             yield Problem(key, "is empty", "give a text" + ("" if needed else ", or null"))
 
@@ -955,6 +969,41 @@ UNUSED: tuple[Unused, ...] = (
         "set model.positions to rope",
     ),
     Unused(
+        "data.format data.metadata_keys data.on_bad_record data.tokenizer.backend",
+        "data.dataset",
+        lambda config: config.data.dataset is None,
+        "where the data set is made already",
+        "set data.dataset to null",
+    ),
+    Unused(
+        "data.text_key",
+        "data.format",
+        lambda config: config.data.format == "text",
+        "on conversations and pairs of them",
+        "set data.format to text",
+    ),
+    Unused(
+        "data.messages_key",
+        "data.format",
+        lambda config: config.data.format == "chat",
+        "where records are no conversations",
+        "set data.format to chat",
+    ),
+    Unused(
+        "data.chat_template",
+        "data.format",
+        lambda config: config.data.format != "text",
+        "where records are no conversations",
+        "set data.format to chat or preference",
+    ),
+    Unused(
+        "data.tokenizer.pattern",
+        "data.tokenizer.path",
+        lambda config: config.data.tokenizer.path is not None,
+        "where a tokenizer is trained",
+        "set data.tokenizer.path",
+    ),
+    Unused(
         "batch_ramp.increment",
         "batch_ramp.start",
         lambda config: config.batch_ramp.start is not None,
@@ -997,8 +1046,8 @@ UNUSED: tuple[Unused, ...] = (
         "name the data sets of data.blend",
     ),
     Unused(
-        "data.sources data.text_key data.validation_fraction data.shard_mb data.max_mb data.tokenizer.vocab "
-        "data.tokenizer.train_mb",
+        "data.sources data.format data.text_key data.metadata_keys data.on_bad_record data.validation_fraction "
+        "data.shard_mb data.max_mb data.tokenizer.vocab data.tokenizer.train_mb data.tokenizer.backend",
         "data.blend",
         lambda config: not config.data.blend,
         "on the data sets of data.blend, which are tokenized already",
@@ -1088,6 +1137,7 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
         "data.fim.rate data.fim.prefix data.fim.middle data.fim.suffix data.dataset data.tokenizer.path",
         _fill_in_the_middle,
     ),
+    ("data.metadata_keys data.format data.text_key data.messages_key", _metadata),
     ("", _texts),
     *((f"{row.keys} {row.reads}", row.check) for row in UNUSED),
     ("resume.allow", _resume),

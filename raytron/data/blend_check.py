@@ -28,7 +28,7 @@ def blend_problems(config: RunConfig) -> list[Problem]:
     given, digest = config.data.tokenizer, None
     try:
         if given.path is not None:
-            digest = Tokenizer(given.path, given.eod).sha256
+            digest = Tokenizer(given.path, given.eod, given.pattern).sha256
     except RaytronError as error:
         found.append(Problem("data.tokenizer.path", str(error).splitlines()[0], "give a tokenizer.json, or null"))
     opened = [

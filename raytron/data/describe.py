@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from raytron.data.compact import SPLITS
+from raytron.data.manifest import SPLITS
 from raytron.data.pack import plans_in
 from raytron.data.shards import Dataset, open_dataset
 
@@ -45,6 +45,8 @@ def _tokenizer(dataset: Dataset) -> Iterator[str]:
     unigram = dataset.manifest.unigram
     yield f"  tokenizer   {dataset.tokenizer.name}, {dataset.vocab} ids, end of document {dataset.eod}"
     yield f"  sha256      {dataset.manifest.tokenizer_sha256}"
+    if dataset.manifest.backend:
+        yield f"  encoded by  {dataset.manifest.backend}"
     yield f"  entropy     {unigram.nats:.4f} nats per token (unigram, {unigram.distinct} ids in use)"
 
 
@@ -57,6 +59,9 @@ def _sources(dataset: Dataset) -> Iterator[str]:
         yield f"  {'':<12}and {len(sources) - SHOWN_SOURCES} more"
     if dataset.manifest.skipped:
         yield f"  {'skipped':<12}{dataset.manifest.skipped:,} files or parts of files without text"
+    if dataset.manifest.bad_records:
+        yield f"  {'bad records':<12}{dataset.manifest.bad_records:,} left out, such as"
+        yield from (f"  {'':<12}{example}" for example in dataset.manifest.bad_examples)
 
 
 def _lengths(dataset: Dataset) -> Iterator[str]:

@@ -81,14 +81,19 @@ class FillInTheMiddle:
         return out, places
 
 
-def fim_problems(tokenizer: Path, data: DataConfig) -> list[Problem]:
-    """Each token that filling in the middle needs and a tokenizer.json lacks. Raises DataError where it can't be read."""
+def fim_problems(tokenizer: Path, data: DataConfig, pattern: str | None = None) -> list[Problem]:
+    """Each token that filling in the middle needs and a tokenizer lacks. pattern: of tiktoken's ranks.
+
+    Raises DataError where it can't be read.
+    """
     if not data.fim.rate:
         return []
     names = {key: getattr(data.fim, key) for key in ("prefix", "middle", "suffix")}
     remedy = "name one that it has, or use another tokenizer"
     return [
         Problem(f"data.fim.{key}", f"{tokenizer} has no token {name!r}", remedy)
-        for (key, name), number in zip(names.items(), token_ids(tokenizer, list(names.values())), strict=True)
+        for (key, name), number in zip(
+            names.items(), token_ids(tokenizer, list(names.values()), data.tokenizer.eod, pattern), strict=True
+        )
         if number is None
     ]

@@ -9,12 +9,10 @@ it counts as the *label* of the token before it (`raytron.data.rows`). In a shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
-from raytron.data.shard_file import Shard, Spans, offsets_of
+from raytron.data.shard_file import Shard, Spans
 
 
 def counted(shard: Shard, start: int, stop: int) -> NDArray[np.bool_]:
@@ -31,37 +29,6 @@ def counted(shard: Shard, start: int, stop: int) -> NDArray[np.bool_]:
     np.add.at(steps, spans[:, 1], -1)
     inside: NDArray[np.bool_] = np.cumsum(steps[:-1]) > 0
     return inside
-
-
-def joined_spans(shards: Sequence[Shard]) -> Spans | None:
-    """The spans of the documents of several shards, one after another; None where no shard has any. In a shard without
-    them every token counts, which is said by one span for each document."""
-    if all(shard.spans is None for shard in shards):
-        return None
-    each = [_every_token(shard) if shard.spans is None else shard.spans for shard in shards]
-    counts = np.concatenate([np.diff(spans.offsets) for spans in each])
-    return Spans(offsets_of(counts).astype(np.int32), np.concatenate([spans.values for spans in each]))
-
-
-def _every_token(shard: Shard) -> Spans:
-    lengths = np.diff(shard.offsets)
-    values = np.stack([np.zeros_like(lengths), lengths], axis=1).astype(np.int32).reshape(-1)
-    return Spans(2 * np.arange(len(lengths) + 1, dtype=np.int32), values)
-
-
-def cut_spans(shard: Shard, start: int, stop: int, offsets: NDArray[np.int64]) -> Spans | None:
-    """The spans of tokens [start, stop) of a shard as documents that begin at `offsets` (documents + 1,) of them."""
-    if shard.spans is None:
-        return None
-    counts, begins = counted(shard, start, stop), np.zeros(stop - start + 1, np.bool_)
-    begins[offsets] = True  # of documents: no span goes on there
-    before, after = np.append(False, counts[:-1]), np.append(counts[1:], False)
-    starts = np.flatnonzero(counts & (~before | begins[:-1]))
-    stops = np.flatnonzero(counts & (~after | begins[1:])) + 1
-    document = np.searchsorted(offsets, starts, side="right") - 1
-    values = np.stack([starts, stops], axis=1) - offsets[document][:, None]
-    each = 2 * np.bincount(document, minlength=len(offsets) - 1)
-    return Spans(offsets_of(each).astype(np.int32), values.astype(np.int32).reshape(-1))
 
 
 def spans_fit(spans: Spans, lengths: NDArray[np.int64]) -> bool:

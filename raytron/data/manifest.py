@@ -25,15 +25,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raytron.data.shard_file import replacing
-from raytron.data.shard_table import TABLE_FROM, TABLE_NAME, ShardTable
+from raytron.data.shard_table import CODES, TABLE_FROM, TABLE_NAME, ShardTable
 from raytron.data.shard_table import ShardEntry as ShardEntry
 from raytron.data.shard_table import Split as Split
 from raytron.errors import DataError, Problem
 
+SPLITS: tuple[Split, ...] = CODES
 FILE_NAME = "manifest.json"
 FORMAT = "raytron-tokens"
 VERSION = 1
 TABLE_VERSION = 2  # of a manifest whose shards stand in a table beside it
+LATER = ("bad_records", "bad_examples", "backend")  # keys that were not always there
 MEND = "tokenize the data set again"
 
 
@@ -73,7 +75,10 @@ class Manifest:
     unigram: Unigram
     build: Mapping[str, Any]  # the `data` section of the configuration that it was made by
     corpus_xxh3_128: str  # of all document ids, in order: equal text gives an equal digest
-    skipped: int = 0  # files of the standard library that are not UTF-8 text
+    skipped: int = 0  # files, or parts of files, without a document
+    bad_records: int = 0  # left out, with `data.on_bad_record` of `skip`
+    bad_examples: tuple[str, ...] = ()  # where the first few are, and what is wrong with them
+    backend: str = ""  # the library that encoded; not part of the digest, for the ids are the same
 
     @cached_property
     def table(self) -> ShardTable:
@@ -82,8 +87,9 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of everything that the manifest says, in hex."""
-        text = json.dumps(_body(self), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        """SHA-256 of everything that the manifest says of the data, in hex."""
+        body = {key: value for key, value in _body(self).items() if key != "backend"}
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -124,14 +130,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _body(manifest: Manifest) -> dict[str, Any]:
-    """What stands in the file, but for its own digest."""
+    """What stands in the file, but for its own digest; keys of LATER that say nothing are left out, as they were before
+    there were any."""
     table = len(manifest.shards) >= TABLE_FROM
     shards: Any = [vars(entry) for entry in manifest.shards] if not table else None
     if table:
         shards = {"file": TABLE_NAME, "count": len(manifest.shards), "sha256": manifest.table.sha256}
-    rest = {key: value for key, value in vars(manifest).items() if key in Manifest.__dataclass_fields__}
-    rest |= {"shards": shards, "sources": list(map(asdict, manifest.sources)), "unigram": asdict(manifest.unigram)}
-    return {"format": FORMAT, "version": TABLE_VERSION if table else VERSION, **rest}
+    said = {key: getattr(manifest, key) for key in Manifest.__dataclass_fields__}
+    said |= {"shards": shards, "sources": list(map(asdict, manifest.sources)), "unigram": asdict(manifest.unigram)}
+    said = {key: value for key, value in said.items() if value or key not in LATER}
+    return {"format": FORMAT, "version": TABLE_VERSION if table else VERSION, **said}
 
 
 def _shards(folder: Path, raw: Mapping[str, Any]) -> Sequence[ShardEntry]:
@@ -172,6 +180,9 @@ def _parse(raw: Mapping[str, Any], shards: Sequence[ShardEntry]) -> Manifest:
         build=dict(raw["build"]),
         corpus_xxh3_128=raw["corpus_xxh3_128"],
         skipped=raw["skipped"],
+        bad_records=int(raw.get("bad_records", 0)),
+        bad_examples=tuple(map(str, raw.get("bad_examples", ()))),
+        backend=str(raw.get("backend", "")),
     )
 
 

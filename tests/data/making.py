@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from raytron.data.manifest import Manifest, ShardEntry, Source, Split, Unigram, write_manifest
-from raytron.data.shard_file import Spans, digest_of, offsets_of, token_dtype, write_shard
+from raytron.data.shard_file import digest_of, offsets_of, token_dtype, write_shard
 from raytron.data.shards import Dataset, open_dataset
 
 TOKENIZER = b'{"stands for": "a tokenizer"}'
@@ -73,16 +74,13 @@ def write_entry(
     tokens = np.array([token for document in documents for token in document], token_dtype(vocab))
     lengths = np.array([len(document) for document in documents], np.int64)
     path = folder / name
-    write_shard(path, tokens, offsets_of(lengths), np.arange(len(documents), dtype=np.uint64), spans_of(spans))
+    write_shard(path, tokens, offsets_of(lengths), np.arange(len(documents), dtype=np.uint64), columns=spans_of(spans))
     return ShardEntry(name, split, len(documents), len(tokens), path.stat().st_size, digest_of(path))
 
 
-def spans_of(spans: Sequence[Sequence[int]] | None) -> Spans | None:
-    """Flat lists of pairs, one for each document, as a shard holds them."""
-    if spans is None:
-        return None
-    offsets = offsets_of(np.array([len(pairs) for pairs in spans], np.int64)).astype(np.int32)
-    return Spans(offsets, np.array([at for pairs in spans for at in pairs], np.int32))
+def spans_of(spans: Sequence[Sequence[int]] | None) -> dict[str, Any]:
+    """Flat lists of pairs, one for each document, as the column of a shard."""
+    return {} if spans is None else {"loss_spans": pa.array([list(pairs) for pairs in spans], pa.list_(pa.int32()))}
 
 
 def counting(*shards: Sequence[int], first: int = 1) -> list[list[list[int]]]:
