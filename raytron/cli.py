@@ -34,6 +34,7 @@ LAZY = {
     "merge traces": ("raytron.plan.trace", "merge"),
     "simulated events": ("raytron.plan.trace", "simulated_events"),
     "trace file": ("raytron.plan.trace", "document"),
+    "is data set": ("raytron.data.shards", "holds_dataset"),
     "data page": ("raytron.data.describe", "describe"),
     "sample page": ("raytron.data.sample_page", "describe_sample"),
     "checkpoint page": ("raytron.checkpoint.describe", "describe"),
@@ -42,7 +43,6 @@ LAZY = {
     "import megatron-data": ("raytron.data.megatron", "import_megatron"),
     "export megatron-data": ("raytron.data.megatron", "export_megatron"),
 }
-MANIFEST = "manifest.json"  # what a data set is known by
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,7 +118,7 @@ def inspect(given: argparse.Namespace) -> int:
     if given.sample is not None:
         print(lazy("sample page")(given.path, given.sample, given.sequence_length, given.seed))
         return 0
-    page = "data page" if (Path(given.path) / MANIFEST).exists() else "checkpoint page"
+    page = "data page" if lazy("is data set")(given.path) else "checkpoint page"
     print(lazy(page)(given.path, verify=given.verify))
     return 0
 

@@ -155,10 +155,10 @@ class Controller:
             f"data: {data.tokens:,} tokens to train on, {held:,} to validate; unigram entropy "
             f"{data.unigram_entropy:.3f} nats per token (the loss of counting tokens alone)"
         )
-        facts = {"tokens": data.tokens, "unigram_entropy": data.unigram_entropy, "path": str(first.path)}
+        facts = {"tokens": data.tokens, "unigram_entropy": data.unigram_entropy, "path": first.name}
         tokens = self.config.samples_after(self.config.steps) * self.config.sequence_length
         if not self._again:
-            self._say("data", text, **facts, sources=[str(each.path) for each in data.sources])
+            self._say("data", text, **facts, sources=[each.name for each in data.sources])
             if self.config.data.blend or tokens > data.tokens:
                 self._say("epochs", epochs_notice(data))
         self._evaluates = bool(data.held)

@@ -40,15 +40,15 @@ def blend_problems(config: RunConfig) -> list[Problem]:
     for number, dataset in enumerate(datasets):
         where = f"data.blend[{number}].dataset"
         misfits = dataset.misfits(vocab=config.model.vocab, tokenizer_sha256=digest)
-        found += [problem._replace(where=where, what=f"{dataset.path}: {problem.what}") for problem in misfits]
+        found += [problem._replace(where=where, what=f"{dataset.name}: {problem.what}") for problem in misfits]
         found += _unlike(where, dataset, datasets[0], "data.blend[0]") if number else []
         twin = next((n for n, other in enumerate(datasets[:number]) if other.hash == dataset.hash), None)
         if twin is not None:
-            what = f"{dataset.path} is the data set of data.blend[{twin}], too, and would be read twice"
+            what = f"{dataset.name} is the data set of data.blend[{twin}], too, and would be read twice"
             found.append(Problem(where, what, "name it once, with the sum of both weights"))
         short = shortage(config, dataset, "train")
         if short is not None:
-            found.append(short._replace(where=where, what=f"{dataset.path}: {short.what}"))
+            found.append(short._replace(where=where, what=f"{dataset.name}: {short.what}"))
     found += fim_problems(datasets[0].tokenizer, config.data)
     return found or [*_too_often(config, datasets)]
 
@@ -70,11 +70,11 @@ def validation_problems(config: RunConfig, folders: Sequence[Path | str]) -> lis
         if trained:
             found += _unlike(where, dataset, trained[0], "the data to train on")
         if each.split == "train" and dataset.hash in [other.hash for other in trained]:
-            what = f"{dataset.path} is trained on, and its train split would be validated on"
+            what = f"{dataset.name} is trained on, and its train split would be validated on"
             found.append(Problem(f"data.validation[{number}].split", what, "use validation, or another data set"))
         short = shortage(config, dataset, each.split)
         if short is not None:
-            found.append(short._replace(where=where, what=f"{dataset.path}: {short.what}"))
+            found.append(short._replace(where=where, what=f"{dataset.name}: {short.what}"))
     return found
 
 
@@ -126,7 +126,7 @@ def _unlike(where: str, dataset: Dataset, other: Dataset, name: str) -> Iterator
     )
     differ = [f"{what} {one}, not {two}" for what, one, two in facts if one != two]
     if differ:
-        yield Problem(where, f"{dataset.path} differs from {name}: {'; '.join(differ)}", TOGETHER)
+        yield Problem(where, f"{dataset.name} differs from {name}: {'; '.join(differ)}", TOGETHER)
 
 
 def _too_often(config: RunConfig, datasets: Sequence[Dataset]) -> Iterator[Problem]:

@@ -84,7 +84,7 @@ def other_build(dataset: Dataset, data: DataConfig) -> list[Problem]:
     then = {**unsaid, **dataset.manifest.build}
     then["tokenizer"] = {**cast(dict[str, object], unsaid["tokenizer"]), **cast(dict[str, object], then["tokenizer"])}
     return [
-        Problem(f"data.{key}", f"is {now[key]!r}, but {dataset.path} was prepared with {then[key]!r}", CHANGED)
+        Problem(f"data.{key}", f"is {now[key]!r}, but {dataset.name} was prepared with {then[key]!r}", CHANGED)
         for key in BUILD_KEYS
         if then[key] != now[key]
     ]

@@ -22,7 +22,7 @@ def describe(path: str | Path, verify: bool = False) -> str:
     `verify` also reads every byte of it. Raises DataError where it can't be opened, is incomplete, or is damaged.
     """
     dataset = open_dataset(path)
-    lines = [f"data set {dataset.path}", f"  hash        {dataset.hash}", ""]
+    lines = [f"data set {dataset.name}", f"  hash        {dataset.hash}", ""]
     lines += [*_splits(dataset), "", *_tokenizer(dataset), "", *_sources(dataset), "", *_lengths(dataset)]
     for plan in plans_in(dataset.path, dataset, verify):
         lines += ["", f"  {'packed':<12}" + str(plan).replace("\n", f"\n  {'':<12}")]

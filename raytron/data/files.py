@@ -18,9 +18,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
 
@@ -88,6 +89,45 @@ def opened(path: str) -> IO[bytes]:
     if path.startswith("http") and not _knows_ranges(path, _stamp(facts)):
         return open(_fetched(path, _stamp(facts)).name, "rb")
     return io.BufferedReader(_Ranges(path, int(facts["size"])), RANGE_BYTES)
+
+
+class Range(NamedTuple):
+    """Bytes [start, stop) of a remote file."""
+
+    url: str
+    start: int
+    stop: int
+
+
+def read_ranges(ranges: Sequence[Range]) -> list[bytes]:
+    """The bytes of ranges of files of one store, all asked for at once, and exactly these.
+
+    Raises FileNotFoundError where there is no such file, DataError where the store is silent or gives other bytes.
+    """
+    wanted = [each for each in ranges if each.stop > each.start]
+    if not wanted:
+        return [b""] * len(ranges)
+    url, urls = wanted[0].url, [each.url for each in wanted]
+    starts, stops = [each.start for each in wanted], [each.stop for each in wanted]
+    data = _patiently(url, lambda: _files(url).cat_ranges(urls, starts, stops, on_error="raise"))
+    for each, found in zip(wanted, data, strict=True):
+        if len(found) != each.stop - each.start:
+            what = f"gave {len(found)} bytes for {each.stop - each.start} from byte {each.start} on"
+            raise DataError(Problem(each.url, what, "use a store that knows byte ranges, or fetch the data set"))
+    found_in_order = iter(data)
+    return [next(found_in_order) if each.stop > each.start else b"" for each in ranges]
+
+
+def read_file(url: str) -> bytes:
+    """A whole remote file. Raises FileNotFoundError, or DataError where the store is silent."""
+    data: bytes = _patiently(url, lambda: _files(url).cat_file(url))
+    return data
+
+
+def url_of(place: str | Path) -> str | None:
+    """The URL that a place is, also where it went through a Path, which keeps one slash of two; None for a path."""
+    found = re.match(r"([a-z][a-z0-9+.-]+):/+", str(place))
+    return None if found is None or found[1] == "file" else f"{found[1]}://{str(place)[found.end() :]}".rstrip("/")
 
 
 def parts_below(root: str, path: str) -> list[str]:
@@ -244,5 +284,7 @@ def _patiently(path: str, action: Callable[[], T]) -> T:
 def _is_final(error: Exception) -> bool:
     """Whether another attempt would give the same. (fsspec says that a file is not there where its server is not.)"""
     cause = error.__cause__
-    absent = cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410)
+    absent = (
+        cause is None or isinstance(cause, FileNotFoundError | KeyError) or getattr(cause, "status", None) in (404, 410)
+    )
     return isinstance(error, FINAL) and (absent or not isinstance(error, FileNotFoundError))

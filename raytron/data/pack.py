@@ -236,7 +236,7 @@ def _paths(dataset: Dataset, rule: PackRule, folders: Sequence[Path]) -> list[Pa
 def _opened(dataset: Dataset, rule: PackRule, path: Path, verify: bool = False) -> PackPlan:
     plan, of = read_plan(path, verify)
     if of != dataset.hash or plan.rule != rule:
-        raise DataError(Problem(str(path), f"is not a plan of {dataset.path} by the rule {rule.name}", AGAIN))
+        raise DataError(Problem(str(path), f"is not a plan of {dataset.name} by the rule {rule.name}", AGAIN))
     return plan
 
 
@@ -273,4 +273,4 @@ def no_sample(dataset: Dataset, rule: PackRule) -> Problem:
     remedy = "use a larger sequence_length, or data.too_long=cut"
     if not rule.whole:
         what, remedy = f"the {rule.split} split holds no document of 2 tokens or more", "use a larger corpus"
-    return Problem(str(dataset.path), what, remedy)
+    return Problem(dataset.name, what, remedy)

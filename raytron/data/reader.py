@@ -131,7 +131,7 @@ def too_short(dataset: Dataset, split: Split, sequence_length: int) -> Problem:
     )
     shorter = f"a sequence_length of at most {longest - 1}" if longest > 1 else "more text"
     more = " or a larger data.validation_fraction" if split == "validation" else " or a larger corpus"
-    return Problem(str(dataset.path), what, f"use {shorter}{more}")
+    return Problem(dataset.name, what, f"use {shorter}{more}")
 
 
 def open_reader(config: RunConfig, dataset: Dataset, split: Split, verify: bool = False) -> Reader:
@@ -170,6 +170,6 @@ def _rule(config: RunConfig, split: Split) -> PackRule:
 
 
 def plan_folders(config: RunConfig, dataset: Dataset) -> list[Path]:
-    """Where the pack plans of a run may lie: beside the shards, or else, where nobody may write there, in the run
-    directory."""
-    return [dataset.path, Path(config.run_dir) / "packs"]
+    """Where the pack plans of a run may lie: beside the shards, or else, where nobody may write there or they are remote, in
+    the run directory, which all nodes see."""
+    return [*([dataset.path] if dataset.url is None else []), Path(config.run_dir) / "packs"]

@@ -64,7 +64,7 @@ def _page(data: RunData, stream: SampleStream, sample: int, run: bool) -> Iterat
     dataset, reader = data.sources[number], stream.readers[number]
     name = f"{number} {source_names(data.config)[number]}, " if data.config.data.blend else ""
     yield f"sample {sample:,}" + (f", of step {step_of(data.config, sample):,}" if run else "")
-    yield f"  source      {name}{dataset.path}"
+    yield f"  source      {name}{dataset.name}"
     yield f"  epoch       {epoch} of it, from 0: its sample {inner:,} of {reader.size:,}"
     if isinstance(reader, ChopReader | PackReader):
         yield from _documents(data, dataset, reader, inner)
