@@ -1,7 +1,8 @@
 """Encoding with gigatoken where it gives the very ids that the tokenizer's own library gives.
 
 gigatoken (an optional extra) encodes byte-level BPE and SentencePiece BPE tens of times faster than the library whose ids
-it copies. A copy is checked, not trusted: of every task's text the first SAMPLE_CHARS are encoded by both.
+it copies. A copy is checked, not trusted: of every task's text the first SAMPLE_CHARS are encoded by both. It remembers the
+words that it has seen, without a bound: where a process grows large it is loaded anew.
 
     auto         gigatoken where it is installed, reads the tokenizer, and agrees on the sample; else the library, and why
     gigatoken    the same, but a reason against it is an error
@@ -11,7 +12,9 @@ it copies. A copy is checked, not trusted: of every task's text the first SAMPLE
 from __future__ import annotations
 
 import base64
+import gc
 import json
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +25,7 @@ from raytron.data.tokenizer import Tokenizer
 from raytron.errors import DataError, Problem
 
 SAMPLE_CHARS = 2**17
+RENEW_BYTES = 192 * 2**20  # by which the process may grow before gigatoken is loaded anew
 FAST = "gigatoken"
 WHERE = "data.tokenizer.backend"
 
@@ -40,6 +44,7 @@ class Encoder:
         if backend != "tokenizers":
             self._fast, why_not = faster(tokenizer)
             self._fall_back(why_not)
+        self._light = _resident_bytes()  # before it remembers anything
 
     @property
     def name(self) -> str:
@@ -54,7 +59,18 @@ class Encoder:
             parts = self.tokenizer.codec.encode_batch(texts)
             lengths = np.array([len(part) for part in parts], np.int64)
             return np.concatenate(parts) if parts else np.zeros(0, np.uint32), lengths
-        return _flat(self._fast, texts)
+        found = _flat(self._fast, texts)
+        if _resident_bytes() > self._light + RENEW_BYTES:
+            self._renew()
+        return found
+
+    def _renew(self) -> None:
+        """Forgets what gigatoken remembers."""
+        self._fast = None
+        gc.collect()
+        self._fast, why_not = faster(self.tokenizer)
+        self._fall_back(why_not)
+        self._light = _resident_bytes()
 
     def _check(self, texts: Sequence[str]) -> None:
         """Compares both on a part of the texts; on the first difference the library takes over."""
@@ -82,6 +98,15 @@ class Encoder:
         if self.backend == FAST:
             raise DataError(Problem(WHERE, f"{FAST} can't be used: {reason}", "use auto or tokenizers"))
         self.reason, self._fast = reason, None
+
+
+def _resident_bytes() -> int:
+    """What the process has in memory; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def faster(tokenizer: Tokenizer) -> tuple[Any, str]:

@@ -94,6 +94,24 @@ def test_the_sample_ends(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     assert encoder.name == "gigatoken"
 
 
+def test_what_it_remembers_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = fast.faster
+
+    def counted(given: Tokenizer) -> Any:
+        made.append(1)
+        return real(given)
+
+    monkeypatch.setattr(fast, "faster", counted)
+    resident = iter([100, 200, 301, 150, 350, 351, 160])  # at first; after two texts, renewed; after two, renewed
+    monkeypatch.setattr(fast, "_resident_bytes", lambda: next(resident))
+    monkeypatch.setattr(fast, "RENEW_BYTES", 200)
+    encoder = Encoder(tokenizer, "gigatoken")
+    for text in TEXT[:4]:
+        assert ids(encoder, [text]) == [tokenizer.encode(text)]
+    assert len(made) == 3
+
+
 def test_without_it_auto_says_why_and_asking_for_it_is_a_problem(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
