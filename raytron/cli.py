@@ -34,12 +34,15 @@ LAZY = {
     "merge traces": ("raytron.plan.trace", "merge"),
     "simulated events": ("raytron.plan.trace", "simulated_events"),
     "trace file": ("raytron.plan.trace", "document"),
+    "is data set": ("raytron.data.shards", "holds_dataset"),
     "data page": ("raytron.data.describe", "describe"),
+    "sample page": ("raytron.data.sample_page", "describe_sample"),
     "checkpoint page": ("raytron.checkpoint.describe", "describe"),
     "generate": ("raytron.training.generate", "generate"),
     "upcycle": ("raytron.training.upcycle", "upcycle"),
+    "import megatron-data": ("raytron.data.megatron", "import_megatron"),
+    "export megatron-data": ("raytron.data.megatron", "export_megatron"),
 }
-MANIFEST = "manifest.json"  # what a data set is known by
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,7 +115,10 @@ def tokenize(given: argparse.Namespace) -> int:
 
 
 def inspect(given: argparse.Namespace) -> int:
-    page = "data page" if (Path(given.path) / MANIFEST).exists() else "checkpoint page"
+    if given.sample is not None:
+        print(lazy("sample page")(given.path, given.sample, given.sequence_length, given.seed))
+        return 0
+    page = "data page" if lazy("is data set")(given.path) else "checkpoint page"
     print(lazy(page)(given.path, verify=given.verify))
     return 0
 
@@ -124,6 +130,25 @@ def generate(given: argparse.Namespace) -> int:
 
 def upcycle(given: argparse.Namespace) -> int:
     print(lazy("upcycle")(given.checkpoint, _config(given)))
+    return 0
+
+
+def import_(given: argparse.Namespace) -> int:
+    made = lazy(f"import {given.kind}")(
+        given.source,
+        given.directory,
+        given.tokenizer,
+        given.eod,
+        pattern=given.pattern,
+        validation_fraction=given.validation_fraction,
+    )
+    print(lazy("data page")(made.path))
+    return 0
+
+
+def export(given: argparse.Namespace) -> int:
+    for path in lazy(f"export {given.kind}")(given.dataset, given.target):
+        print(path)
     return 0
 
 
@@ -188,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(command.__name__, help=text, description=text)
+        made = commands.add_parser(command.__name__.rstrip("_"), help=text, description=text)
         made.set_defaults(command=command)
         return made
 
@@ -208,8 +233,13 @@ def _parser() -> argparse.ArgumentParser:
             )
             made.add_argument("--times", metavar="RUN_DIR", help="simulate with the times that a run has measured")
     made = add(inspect, "show a checkpoint, a run directory or a data set")
-    made.add_argument("path", metavar="CHECKPOINT|DATASET")
+    made.add_argument("path", metavar="CHECKPOINT|DATASET|RUN_DIR")
     made.add_argument("--verify", action="store_true", help="also read and check every byte")
+    made.add_argument(
+        "--sample", type=int, metavar="ID", help="show one training sample of a run directory or a data set"
+    )
+    made.add_argument("--sequence-length", type=int, metavar="TOKENS", help="of a data set's samples")
+    made.add_argument("--seed", type=int, default=0, help="of the order of a data set's samples")
     made = add(trace, "join the timelines that a run's ranks recorded, and compare them with the simulation")
     made.add_argument("run", metavar="RUN_DIR")
     made.add_argument("--out", metavar="FILE", help="else RUN_DIR/trace/trace.json")
@@ -221,6 +251,20 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint or a run directory")
     made.add_argument("config", metavar="CONFIG", help="of the run to make: a YAML file, or the name of a preset")
     made.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. model.experts.count=8")
+    made = add(import_, "make a data set from files of another library")
+    made.add_argument("kind", choices=["megatron-data"])
+    made.add_argument("source", metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx")
+    made.add_argument("directory", metavar="DIRECTORY", help="of the data set: empty, or not there yet")
+    made.add_argument("--tokenizer", required=True, metavar="FILE", help="that made the token ids, or the word byte")
+    made.add_argument("--eod", default="<|endoftext|>", metavar="TOKEN", help="its token that ends a document")
+    made.add_argument("--pattern", metavar="NAME", help="how tiktoken's ranks cut text, e.g. cl100k")
+    made.add_argument("--validation-fraction", type=float, default=0.02, metavar="SHARE", help="of the documents")
+    made = add(export, "write a data set as files of another library")
+    made.add_argument("kind", choices=["megatron-data"])
+    made.add_argument("dataset", metavar="DATASET")
+    made.add_argument(
+        "target", metavar="PREFIX", help="of PREFIX-train.bin and .idx, and PREFIX-validation.bin and .idx"
+    )
     made = add(remesh, "give a run at work another mesh, live, from its next step on")
     made.add_argument("run", metavar="RUN", help="the name of a run, or its directory")
     made.add_argument("overrides", metavar="key=value", nargs="+", help="e.g. mesh.tp=4 mesh.dp=1")

@@ -245,22 +245,84 @@ class BatchRampConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    path: str | None = None  # a tokenizer.json; None: train a byte-level BPE on the corpus
-    vocab: int = 4096  # size of a trained BPE, the end-of-document token included
+    path: str | None = None  # tokenizer.json, a SentencePiece .model, tiktoken ranks, or `byte`; None: train a BPE
+    vocab: int = 4096  # size of a byte-level BPE trained on the corpus, the end-of-document token included
     train_mb: float = 8.0  # MiB of text that it is trained on
     eod: str = "<|endoftext|>"  # token that ends each document
+    pattern: str | None = None  # of tiktoken ranks: gpt2, cl100k, o200k, llama3, or a regular expression
+    backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"  # auto: gigatoken where it gives equal ids
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data set of a blend."""
+
+    dataset: str = ""  # a tokenized data set
+    weight: float = 1.0  # share of the samples, all shares together 1; 0: none until a stage gives it some
+    max_epochs: float | None = None  # how often a run may read it at most; None: without limit
+
+
+@dataclass(frozen=True)
+class DataStageConfig:
+    """Other weights of a blend from one sample on; earlier samples stay as they were."""
+
+    start_step: int | None = None  # begins after so many steps; or
+    start_sample: int | None = None  # with the sample of this id
+    weights: tuple[float, ...] = ()  # one for each entry of data.blend, all together 1
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """One validation set, whose loss is told by its name."""
+
+    name: str = ""
+    dataset: str = ""  # a tokenized data set
+    split: Literal["validation", "train"] = "validation"  # of it; train: where all of a data set was kept apart
+
+
+@dataclass(frozen=True)
+class FimConfig:
+    """Fill in the middle: documents whose middle comes last (Bavarian et al., arXiv 2207.14255), in training samples."""
+
+    rate: float = 0.0  # share of documents
+    spm_rate: float = 0.5  # of those, the share with the suffix before the prefix
+    prefix: str = "<|fim_prefix|>"  # tokens, of the data set's tokenizer, that stand before
+    middle: str = "<|fim_middle|>"  # each part
+    suffix: str = "<|fim_suffix|>"
 
 
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str | None = None  # a tokenized data set; None: prepared from `sources` into run_dir/data
-    sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, or the word python-stdlib
-    text_key: str = "text"  # field or column of JSONL and Parquet sources
+    blend: tuple[SourceConfig, ...] = ()  # several data sets by weight, in place of `dataset` and `sources`
+    blend_block: int = 1024  # samples among which each source of a blend has its exact share
+    stages: tuple[DataStageConfig, ...] = ()  # a curriculum: later weights of the blend
+    validation: tuple[ValidationConfig, ...] = ()  # the first is the main one; (): the data's own validation splits
+    sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, URLs of those, or the word python-stdlib
+    format: Literal["text", "chat", "preference"] = "text"  # of a record; chat: messages, the assistant's are learned;
+    # preference: `chosen` and `rejected`, messages or answers to a `prompt`, which become two documents
+    text_key: str = "text"  # text: field or column of JSONL, Parquet and Arrow sources
+    messages_key: str = "messages"  # chat: field or column of a list of {role, content}
+    chat_template: str | None = None  # of messages: a Jinja file; None: the tokenizer's own, or ChatML
+    metadata_keys: tuple[str, ...] = ()  # other fields or columns that are kept beside each document
+    on_bad_record: Literal["stop", "skip"] = "stop"  # skip: bad records are left out, and counted in the manifest
+    # chop: documents end to end, cut every sequence_length tokens; best_fit: whole documents, packed with little padding;
+    # pad: one a sample. The last two keep documents apart
+    packing: Literal["chop", "best_fit", "pad"] = "chop"
+    too_long: Literal["cut", "drop"] = "cut"  # documents longer than a sample, where documents are kept whole
     document_mask: bool = False  # attention does not cross the end of a document, and positions begin anew after it
+    objective: Literal["causal", "masked", "span_corruption"] = "causal"  # what a sample asks of the model
+    fim: FimConfig = field(default_factory=FimConfig)
+    prefetch: int = 2  # steps whose samples are read ahead, in a thread of each worker; 0: none
     validation_fraction: float = 0.02  # share of documents, chosen by hash, kept for evaluation
     shard_mb: float = 256.0  # size of an Arrow shard in MiB of tokens
     max_mb: float | None = None  # stop after this much text; None: all of it
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the documents of a sample are kept apart."""
+        return self.document_mask or self.packing != "chop"
 
 
 @dataclass(frozen=True)
@@ -429,6 +491,16 @@ class RunConfig:
         if consumed >= self.batch_ramp.samples or rise == 0:
             return self.global_batch_size
         return self.batch_sizes[consumed * rise // self.batch_ramp.samples]
+
+    def samples_after(self, steps: int) -> int:
+        """Sequences that the first `steps` steps consume."""
+        consumed, left = 0, steps
+        rise = len(self.batch_sizes) - 1
+        for level, size in enumerate(self.batch_sizes[:-1], start=1):
+            level_end = -(-level * self.batch_ramp.samples // rise)  # the first count that belongs to the next level
+            taken = min(left, max(0, -(-(level_end - consumed) // size)))
+            consumed, left = consumed + taken * size, left - taken
+        return consumed + left * self.global_batch_size
 
     @property
     def lr_horizon(self) -> int:

@@ -127,6 +127,10 @@ RANGES: tuple[Range, ...] = (
     *_at_least(1, "lr.decay_steps"),
     Range("lr.stable_fraction", 0, 1),
     Range("data.validation_fraction", 0, 1, open_low=True, open_high=True),
+    Range("data.blend_block", 1, 1 << 20),
+    Range("data.prefetch", 0, 64),
+    Range("data.fim.rate", 0, 1),
+    Range("data.fim.spm_rate", 0, 1),
     *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
     *_at_least(1, "checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best"),
@@ -648,7 +652,8 @@ def _batch_ramp(config: RunConfig) -> Iterator[Problem]:
 
 def _ramp_levels(config: RunConfig) -> Iterator[Problem]:
     """Every batch size on the way obeys what the full one obeys; the first that does not is told."""
-    checks = [check for reads, check in RULES if "global_batch_size" in reads.split() and check is not _batch_ramp]
+    others = (_batch_ramp, _data_stages)
+    checks = [check for reads, check in RULES if "global_batch_size" in reads.split() and check not in others]
     told = {problem.where for check in checks for problem in check(config)}
     for size in config.batch_sizes[:-1]:
         level = dataclasses.replace(config, global_batch_size=size)
@@ -680,7 +685,7 @@ def _gradient_noise(config: RunConfig) -> Iterator[Problem]:
 
 def _data(config: RunConfig) -> Iterator[Problem]:
     data, vocab = config.data, config.model.vocab
-    if data.dataset is not None:
+    if data.dataset is not None or data.blend:
         return
     if not data.sources:
         yield Problem("data.sources", "no data set and no sources", "name files, or python-stdlib, or set data.dataset")
@@ -688,6 +693,118 @@ def _data(config: RunConfig) -> Iterator[Problem]:
         what = f"a tokenizer of {data.tokenizer.vocab} tokens makes ids beyond the model's vocabulary of {vocab}"
         remedy = f"use at most {vocab}, or set model.vocab to {data.tokenizer.vocab}"
         yield Problem("data.tokenizer.vocab" if vocab >= 257 else "model.vocab", what, remedy)
+
+
+WEIGHTS_SUM = 1e-3  # how far from 1 weights may be, for they are written by hand
+LEAST_SHARE = 1 + 1e-6  # samples of a block that a source has at least, with room for rounding
+
+
+def _blend(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if not data.blend:
+        return
+    if data.dataset is not None:
+        what = "a run reads one data set or a blend, and data.dataset names one"
+        yield Problem(
+            "data.blend", what, "set data.dataset to null and name it in data.blend, or leave data.blend empty"
+        )
+    for number, source in enumerate(data.blend):
+        where = f"data.blend[{number}]"
+        if not source.dataset.strip():
+            yield Problem(f"{where}.dataset", "is empty", "name the folder of a tokenized data set")
+        if source.max_epochs is not None and source.max_epochs <= 0:
+            yield Problem(f"{where}.max_epochs", f"{source.max_epochs:g} is too small", "use more than 0, or null")
+        late = any(number < len(stage.weights) and stage.weights[number] > 0 for stage in data.stages)
+        if source.weight == 0 and not late:
+            yield Problem(f"{where}.weight", "is 0 in every stage: it is never read", "give it a weight, or remove it")
+    yield from _weights("data.blend", [source.weight for source in data.blend], data.blend_block)
+
+
+def _weights(where: str, weights: Sequence[float], block: int) -> Iterator[Problem]:
+    """Shares of samples: not negative, together 1, and enough for whole samples in a block."""
+    if min(weights, default=0) < 0:
+        yield Problem(where, f"a weight of {min(weights):g} is too small", "use 0 or more")
+        return
+    total = sum(weights)
+    if abs(total - 1) > WEIGHTS_SUM:
+        normal = ", ".join(f"{weight / total:.6g}" for weight in weights) if total > 0 else "weights that sum to 1"
+        yield Problem(where, f"the weights sum to {total:g}, not to 1", f"use {normal}")
+        return
+    for number, weight in enumerate(weights):
+        share = weight / total
+        if 0 < share * block < LEAST_SHARE:
+            larger = 1 << math.ceil(math.log2(LEAST_SHARE / share))
+            what = f"the weight {weight:g} of source {number} is less than one sample in a block of {block}"
+            bigger = f", or data.blend_block of {larger}" if larger <= 1 << 20 else ""
+            yield Problem(where, what, f"use 0, or at least {math.ceil(LEAST_SHARE / block * 1e7) / 1e7:g}{bigger}")
+
+
+def _data_stages(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if not data.blend:
+        return
+    before = 0
+    for number, stage in enumerate(data.stages):
+        where = f"data.stages[{number}]"
+        starts = [start for start in (stage.start_step, stage.start_sample) if start is not None]
+        if len(starts) != 1:
+            what = "names both a step and a sample" if starts else "does not say when it begins"
+            yield Problem(where, what, "set one of start_step and start_sample")
+            continue
+        key = "start_step" if stage.start_sample is None else "start_sample"
+        start = config.samples_after(starts[0]) if key == "start_step" else starts[0]
+        if start <= before:
+            what = f"begins with sample {start}, and the stage before it with sample {before}"
+            yield Problem(f"{where}.{key}", what, "order stages by their beginning, which is after the first sample")
+        before = max(before, start)
+        if len(stage.weights) != len(data.blend):
+            what = f"{_counted(len(stage.weights), 'weights')} for {_counted(len(data.blend), 'entries')} of data.blend"
+            yield Problem(f"{where}.weights", what, "give one for each, 0 for a source that is not read")
+        else:
+            yield from _weights(f"{where}.weights", stage.weights, data.blend_block)
+
+
+def _validation_sets(config: RunConfig) -> Iterator[Problem]:
+    names = [each.name for each in config.data.validation]
+    for number, each in enumerate(config.data.validation):
+        where = f"data.validation[{number}]"
+        if not re.fullmatch(r"[\w.-]+", each.name):
+            remedy = "use letters, digits, and . _ - only: losses are told by it"
+            yield Problem(f"{where}.name", f"{each.name!r} is no name", remedy)
+        elif each.name in names[:number]:
+            yield Problem(f"{where}.name", f"{each.name!r} is taken", "give each validation set a name of its own")
+        if not each.dataset.strip():
+            yield Problem(f"{where}.dataset", "is empty", "name the folder of a tokenized data set")
+
+
+def _objective(config: RunConfig) -> Iterator[Problem]:
+    wanted = config.data.objective
+    if wanted != "causal":
+        what = f"{wanted} asks for attention to both sides; the models here are causal decoders"
+        module = {"masked": "raytron.data.masked", "span_corruption": "raytron.data.corruption"}[wanted]
+        yield Problem("data.objective", what, f"use causal, or make such samples for another model with {module}")
+
+
+def _fill_in_the_middle(config: RunConfig) -> Iterator[Problem]:
+    fim = config.data.fim
+    names = [fim.prefix, fim.middle, fim.suffix]
+    if fim.rate > 0 and len(set(names)) < len(names):
+        what = f"the tokens before prefix, middle and suffix are not three: {', '.join(names)}"
+        yield Problem("data.fim", what, "name three tokens that the tokenizer has")
+    if fim.rate > 0 and config.data.dataset is None and config.data.tokenizer.path is None:
+        what = f"a tokenizer that is trained on the corpus has no tokens {', '.join(names)}"
+        yield Problem("data.fim.rate", what, "use 0, or set data.tokenizer.path to a tokenizer that has them")
+
+
+def _metadata(config: RunConfig) -> Iterator[Problem]:
+    data, keys = config.data, config.data.metadata_keys
+    told = {"text": (data.text_key,), "chat": (data.messages_key,), "preference": ("prompt", "chosen", "rejected")}
+    for name in told[data.format]:
+        if name in keys:
+            what = f"{name!r} holds the text, which becomes tokens"
+            yield Problem("data.metadata_keys", what, "leave it out")
+    if len(set(keys)) < len(keys) or not all(key.strip() for key in keys):
+        yield Problem("data.metadata_keys", "a name is empty or there twice", "name each field once")
 
 
 def _trace(config: RunConfig) -> Iterator[Problem]:
@@ -700,10 +817,16 @@ def _trace(config: RunConfig) -> Iterator[Problem]:
         yield Problem("observe.trace_steps", what, f"begin at {config.steps} at most, raise steps, or use null")
 
 
+FIM_TOKENS = ("data.fim.prefix", "data.fim.middle", "data.fim.suffix")
+
+
 def _texts(config: RunConfig) -> Iterator[Problem]:
     for key, value in flatten(to_mapping(config)).items():
-        needed = key in ("name", "run_dir", "data.text_key", "data.tokenizer.eod")
-        optional = key in ("data.dataset", "data.tokenizer.path", "evaluate.prompt", "cluster.address")
+        needed = key in ("name", "run_dir", "data.text_key", "data.messages_key", "data.tokenizer.eod", *FIM_TOKENS)
+        optional = key in (
+            "data.dataset", "data.chat_template", "data.tokenizer.path", "data.tokenizer.pattern",
+            "evaluate.prompt", "cluster.address",
+        )  # fmt: skip
         if (needed or (optional and value is not None)) and not str(value).strip():
             yield Problem(key, "is empty", "give a text" + ("" if needed else ", or null"))
 
@@ -769,6 +892,20 @@ UNUSED: tuple[Unused, ...] = (
         "set precision.dtype to fp16",
     ),
     Unused(
+        "data.too_long",
+        "data.packing",
+        lambda config: config.data.packing != "chop",
+        "where documents are cut every sequence_length tokens",
+        "set data.packing to best_fit or pad",
+    ),
+    Unused(
+        "data.fim.spm_rate data.fim.prefix data.fim.middle data.fim.suffix",
+        "data.fim.rate",
+        lambda config: config.data.fim.rate > 0,
+        "where no middle is filled in",
+        "set data.fim.rate",
+    ),
+    Unused(
         "guard.on_spike guard.spike_window",
         "guard.spike",
         lambda config: config.guard.spike is not None,
@@ -832,6 +969,41 @@ UNUSED: tuple[Unused, ...] = (
         "set model.positions to rope",
     ),
     Unused(
+        "data.format data.metadata_keys data.on_bad_record data.tokenizer.backend",
+        "data.dataset",
+        lambda config: config.data.dataset is None,
+        "where the data set is made already",
+        "set data.dataset to null",
+    ),
+    Unused(
+        "data.text_key",
+        "data.format",
+        lambda config: config.data.format == "text",
+        "on conversations and pairs of them",
+        "set data.format to text",
+    ),
+    Unused(
+        "data.messages_key",
+        "data.format",
+        lambda config: config.data.format == "chat",
+        "where records are no conversations",
+        "set data.format to chat",
+    ),
+    Unused(
+        "data.chat_template",
+        "data.format",
+        lambda config: config.data.format != "text",
+        "where records are no conversations",
+        "set data.format to chat or preference",
+    ),
+    Unused(
+        "data.tokenizer.pattern",
+        "data.tokenizer.path",
+        lambda config: config.data.tokenizer.path is not None,
+        "where a tokenizer is trained",
+        "set data.tokenizer.path",
+    ),
+    Unused(
         "batch_ramp.increment",
         "batch_ramp.start",
         lambda config: config.batch_ramp.start is not None,
@@ -865,6 +1037,28 @@ UNUSED: tuple[Unused, ...] = (
         lambda config: config.evaluate.every is not None and config.evaluate.batches > 0,
         "where no checkpoint but the last is evaluated",
         "set evaluate.every, to a multiple of checkpoint.every",
+    ),
+    Unused(
+        "data.blend_block data.stages",
+        "data.blend",
+        lambda config: bool(config.data.blend),
+        "without a blend",
+        "name the data sets of data.blend",
+    ),
+    Unused(
+        "data.sources data.format data.text_key data.metadata_keys data.on_bad_record data.validation_fraction "
+        "data.shard_mb data.max_mb data.tokenizer.vocab data.tokenizer.train_mb data.tokenizer.backend",
+        "data.blend",
+        lambda config: not config.data.blend,
+        "on the data sets of data.blend, which are tokenized already",
+        "leave data.blend empty",
+    ),
+    Unused(
+        "data.validation",
+        "evaluate.batches",
+        lambda config: config.evaluate.batches > 0,
+        "where evaluate.batches is 0",
+        "set evaluate.batches to 1 or more",
     ),
     Unused(
         "evaluate.every",
@@ -931,6 +1125,19 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ),
     ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero data_parallel.reduce determinism", _gradient_noise),
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
+    ("data.blend data.blend_block data.stages data.dataset", _blend),
+    (
+        "data.blend data.blend_block data.stages steps global_batch_size batch_ramp.start batch_ramp.increment "
+        "batch_ramp.samples",
+        _data_stages,
+    ),
+    ("data.validation", _validation_sets),
+    ("data.objective", _objective),
+    (
+        "data.fim.rate data.fim.prefix data.fim.middle data.fim.suffix data.dataset data.tokenizer.path",
+        _fill_in_the_middle,
+    ),
+    ("data.metadata_keys data.format data.text_key data.messages_key", _metadata),
     ("", _texts),
     *((f"{row.keys} {row.reads}", row.check) for row in UNUSED),
     ("resume.allow", _resume),

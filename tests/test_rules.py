@@ -21,7 +21,23 @@ from raytron.rules import RANGES, RULES, problems
 AT_ONCE = {"optimizer.at_once": True, "optimizer.clip_norm": None}
 CANONICAL = {"determinism": "canonical", "cluster.threads_per_worker": 1}
 EXPERTS = {"model.experts.count": 8}
+HALVES = [{"dataset": "a", "weight": 0.5}, {"dataset": "b", "weight": 0.5}]
 CASES = [
+    ({"data.objective": "masked"}, "data.objective", "attention to both sides", "use causal, or make such samples"),
+    ({"data.fim.spm_rate": 0.2}, "data.fim.spm_rate", "0.2 has no effect", "set data.fim.rate"),
+    (
+        {"data.fim.rate": 0.5, "data.fim.prefix": "<|fim_suffix|>", "data.dataset": "tokens"},
+        "data.fim",
+        "are not three",
+        "name three tokens",
+    ),
+    ({"data.fim.rate": 0.5}, "data.fim.rate", "trained on the corpus has no tokens", "set data.tokenizer.path"),
+    (
+        {"data.too_long": "drop"},
+        "data.too_long",
+        "drop has no effect where documents are cut",
+        "data.packing to best_fit",
+    ),
     (
         {"model.heads": 7},
         "model.heads",
@@ -420,6 +436,95 @@ CASES = [
     ({"batch_ramp.increment": 4}, "batch_ramp.increment", "the batch does not grow", "set batch_ramp.start"),
     ({"lr.stable_fraction": 0.5}, "lr.stable_fraction", "other decays than wsd", "set lr.decay to wsd"),
     ({"evaluate.batches": 0, "evaluate.every": 5}, "evaluate.every", "evaluate.batches is 0", "leave it at null"),
+    ({"data.blend": HALVES, "data.dataset": "c"}, "data.blend", "one data set or a blend", "data.dataset to null"),
+    ({"data.blend": HALVES, "data.sources": "text"}, "data.sources", "tokenized already", "leave data.blend empty"),
+    ({"data.blend": HALVES, "data.max_mb": 5}, "data.max_mb", "tokenized already", "leave it at null"),
+    (
+        {"data.blend": [*HALVES, {"dataset": "c", "weight": 0.25}]},
+        "data.blend",
+        "the weights sum to 1.25, not to 1",
+        "use 0.4, 0.4, 0.2",
+    ),
+    (
+        {"data.blend": [{"dataset": "a", "weight": 0.9995}, {"dataset": "b", "weight": 0.0005}]},
+        "data.blend",
+        "the weight 0.0005 of source 1 is less than one sample in a block of 1024",
+        "use 0, or at least 0.0009766, or data.blend_block of 2048",
+    ),
+    ({"data.blend": [{"dataset": "a", "weight": -1}]}, "data.blend", "a weight of -1 is too small", "0 or more"),
+    ({"data.blend": [{"dataset": " "}]}, "data.blend[0].dataset", "is empty", "name the folder"),
+    (
+        {"data.blend": [{"dataset": "a"}, {"dataset": "b", "weight": 0}]},
+        "data.blend[1].weight",
+        "is 0 in every stage",
+        "give it a weight, or remove it",
+    ),
+    (
+        {"data.blend": [{"dataset": "a", "max_epochs": 0}]},
+        "data.blend[0].max_epochs",
+        "0 is too small",
+        "more than 0, or null",
+    ),
+    ({"data.blend_block": 64}, "data.blend_block", "no effect without a blend", "leave it at 1024"),
+    ({"data.stages": [{"start_step": 5, "weights": [1]}]}, "data.stages", "without a blend", "leave it at []"),
+    (
+        {"data.blend": HALVES, "data.stages": [{"weights": [0.5, 0.5]}]},
+        "data.stages[0]",
+        "does not say when it begins",
+        "one of start_step and start_sample",
+    ),
+    (
+        {"data.blend": HALVES, "data.stages": [{"start_step": 5, "start_sample": 9, "weights": [0.5, 0.5]}]},
+        "data.stages[0]",
+        "both a step and a sample",
+        "one of start_step and start_sample",
+    ),
+    (
+        {
+            "data.blend": HALVES,
+            "data.stages": [{"start_step": 5, "weights": [0.5, 0.5]}, {"start_sample": 80, "weights": [0.5, 0.5]}],
+        },
+        "data.stages[1].start_sample",
+        "begins with sample 80, and the stage before it with sample 80",
+        "order stages",
+    ),
+    (
+        {"data.blend": HALVES, "data.stages": [{"start_step": 0, "weights": [0.5, 0.5]}]},
+        "data.stages[0].start_step",
+        "begins with sample 0",
+        "after the first sample",
+    ),
+    (
+        {"data.blend": HALVES, "data.stages": [{"start_step": 5, "weights": [1]}]},
+        "data.stages[0].weights",
+        "1 weight for 2 entries of data.blend",
+        "one for each",
+    ),
+    (
+        {"data.blend": HALVES, "data.stages": [{"start_step": 5, "weights": [0.5, 1.5]}]},
+        "data.stages[0].weights",
+        "the weights sum to 2",
+        "use 0.25, 0.75",
+    ),
+    (
+        {"data.validation": [{"name": "a b", "dataset": "a"}]},
+        "data.validation[0].name",
+        "'a b' is no name",
+        "letters, digits",
+    ),
+    (
+        {"data.validation": [{"name": "a", "dataset": "a"}, {"name": "a", "dataset": "b"}]},
+        "data.validation[1].name",
+        "'a' is taken",
+        "a name of its own",
+    ),
+    ({"data.validation": [{"name": "a"}]}, "data.validation[0].dataset", "is empty", "name the folder"),
+    (
+        {"data.validation": [{"name": "a", "dataset": "a"}], "evaluate.batches": 0},
+        "data.validation",
+        "evaluate.batches is 0",
+        "set evaluate.batches",
+    ),
     (
         {"observe.trace_steps": [200, 201]},
         "observe.trace_steps",

@@ -45,8 +45,10 @@ from raytron.actors.worker import Beat, OpenTrainer, Orders, Request
 from raytron.checkpoint.catalog import Generation, committed, newest_good, note_validation, prune
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.config import RunConfig, flatten, to_mapping
-from raytron.data.prepare import ensure_dataset
-from raytron.data.shards import Dataset, open_dataset
+from raytron.data.blend_check import epochs_notice
+from raytron.data.ensure import ensure_data
+from raytron.data.recipe import Recipe
+from raytron.data.run_data import RunData, open_run_data
 from raytron.errors import (
     CheckpointError,
     ClusterError,
@@ -58,7 +60,7 @@ from raytron.errors import (
     WorkerError,
 )
 from raytron.observe.records import Record, read_records
-from raytron.observe.result import Result, read_result
+from raytron.observe.result import NAMED, Result, read_result
 from raytron.observe.trace import MEASURED
 from raytron.plan.cluster import ClusterShape
 from raytron.plan.draw import plural
@@ -70,12 +72,13 @@ from raytron.plan.relief import explained
 from raytron.plan.times import FOLDER, read_times
 from raytron.training.generate import generate
 from raytron.training.guard import Rollback
-from raytron.training.open import evaluates, open_trainer
+from raytron.training.open import open_trainer
 from raytron.training.run_directory import RunDirectory
 
 LONGEST_SEGMENT = 1000  # steps
 Source = MemoryGeneration | Generation | None  # of a state to go on from
 LEAVE_S = 8.0  # for survivors to come back from a broken collective
+DATA_KEYS = ("data.dataset", "data.blend", "data.blend_block", "data.stages")
 REMESHED = ("mesh.", "pipeline.", "data_parallel.", "memory.", "micro_batch_size")  # keys that may change in a live run
 
 
@@ -83,7 +86,7 @@ REMESHED = ("mesh.", "pipeline.", "data_parallel.", "memory.", "micro_batch_size
 class Seams:
     """What tests replace."""
 
-    prepare: Callable[..., Path] = ensure_dataset
+    prepare: Callable[..., Path] = ensure_data
     open_trainer: OpenTrainer = open_trainer
     linger_s: float = 120.0  # how long the controller of a detached run tells of the end
 
@@ -158,21 +161,26 @@ class Controller:
         except Exception as error:
             self._finish(self._failed(error))
 
-    def _prepare(self) -> Dataset:
-        """The data set, made now if it is not there."""
+    def _prepare(self) -> RunData:
+        """The data, made now if it is not there."""
         self._enter("preparing data")
-        dataset = open_dataset(self.seams.prepare(self.config, self._preparing))
-        if dataset.tokenizer.exists():
-            shutil.copyfile(dataset.tokenizer, self.directory.tokenizer)
-        train, held = dataset.tokens("train"), dataset.tokens("validation")
+        data = open_run_data(self.config, self.seams.prepare(self.config, self._preparing))
+        first = data.sources[0]
+        if first.tokenizer.exists():
+            shutil.copyfile(first.tokenizer, self.directory.tokenizer)
+        held = sum(each.tokens("validation") for each in data.sources)
         text = (
-            f"data: {train:,} tokens to train on, {held:,} to validate; unigram entropy "
-            f"{dataset.unigram_entropy:.3f} nats per token (the loss of counting tokens alone)"
+            f"data: {data.tokens:,} tokens to train on, {held:,} to validate; unigram entropy "
+            f"{data.unigram_entropy:.3f} nats per token (the loss of counting tokens alone)"
         )
+        facts = {"tokens": data.tokens, "unigram_entropy": data.unigram_entropy, "path": first.name}
+        tokens = self.config.samples_after(self.config.steps) * self.config.sequence_length
         if not self._again:
-            self._say("data", text, tokens=train, unigram_entropy=dataset.unigram_entropy, path=str(dataset.path))
-        self._evaluates = evaluates(self.config, dataset)
-        return dataset
+            self._say("data", text, **facts, sources=[each.name for each in data.sources])
+            if self.config.data.blend or tokens > data.tokens:
+                self._say("epochs", epochs_notice(data))
+        self._evaluates = bool(data.held)
+        return data
 
     def _make_plan(self) -> Plan:
         plan = self._first_plan(survey())
@@ -224,7 +232,7 @@ class Controller:
             member.actor.beat.remote(self._recorded, int(Request.PAUSE))
         return self._recover(plan, WorkersLost(heirs.missing, "the controller died and was started again"))
 
-    def _build(self, plan: Plan, data: Dataset) -> None:
+    def _build(self, plan: Plan, data: RunData) -> None:
         """Fills the gang, and builds one epoch of the mesh from the newest good state."""
         self._enter("starting workers")
         start = time.monotonic()
@@ -256,7 +264,7 @@ class Controller:
         self.health.begin(plan, self._step, {rank: facts.host for rank, facts in gang.facts.items()})
         self._tell_built(plan, gang, source, gather_s=found - start, build_s=time.monotonic() - found)
 
-    def _orders(self, rank: int, data: Dataset, source: Source) -> Orders:
+    def _orders(self, rank: int, data: RunData, source: Source) -> Orders:
         gang, plan = self._gang, self._plan
         assert gang is not None
         assert plan is not None
@@ -265,7 +273,7 @@ class Controller:
         node = gang.facts[rank].node_id
         folder = Path(self.memory.folders[node]) if self.memory.on else None
         return Orders(
-            plan, rank, self._epoch, where, data.path, path, gang.device, gang.neighbours(rank), node, folder,
+            plan, rank, self._epoch, where, data.sources[0].path, path, gang.device, gang.neighbours(rank), node, folder,
             self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)), gang.seats,
         )  # fmt: skip
 
@@ -389,7 +397,8 @@ class Controller:
         self._enter("evaluating")
         record = self._together("evaluate", lambda rank: (), patience.EVALUATION)[0]
         text = f"validation loss {record['validation_loss']:.4f} at step {self._step}"
-        self._say("evaluate", text, **record)
+        named = [f"{key.removeprefix(NAMED)} {loss:.4f}" for key, loss in record.items() if key.startswith(NAMED)]
+        self._say("evaluate", text + (f": {', '.join(named)}" if named else ""), **record)
         self._validated[self._step] = record["validation_loss"]
         self._note_validation()
 
@@ -478,18 +487,20 @@ class Controller:
 
     # ---- what the story is made of
 
-    def _generation(self, data: Dataset, up_to: int | None) -> Generation | None:
+    def _generation(self, data: RunData, up_to: int | None) -> Generation | None:
         """The newest generation of at most step `up_to` that verifies; damaged ones are told of. Raises for one of other
         data."""
         generation = newest_good(self.directory.checkpoints, self._damaged, up_to=up_to)
-        if generation is None or generation.facts.get("data") in (None, "", data.hash):
+        recorded = None if generation is None else Recipe.recorded(generation.facts)
+        if generation is None or recorded is None or {"data", *DATA_KEYS} & set(self.config.resume.allow):
             return generation
-        if {"data", "data.dataset"} & set(self.config.resume.allow):
+        differs = recorded.difference(data.recipe, int(generation.facts["consumed"]))
+        if differs is None:
             return generation
-        what = f"the data set in {data.path} is another one than {generation.path.name} was trained on"
+        what = f"the data is not what {generation.path.name} was trained on: {differs}"
         raise ConfigError([Problem("data", what, "use the old data, another run_dir, or resume.allow=data")])
 
-    def _source(self, data: Dataset) -> Source:
+    def _source(self, data: RunData) -> Source:
         """The newest good state: in memory, on disk, or none. No step of which there is no record."""
         memory = self._in_memory()
         doubt = self.probation.verdict(self._recorded)

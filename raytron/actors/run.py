@@ -30,8 +30,8 @@ from raytron.actors.recovery import cause_of
 from raytron.actors.worker import Request
 from raytron.config import RunConfig
 from raytron.data.check import data_problems
-from raytron.data.prepare import ensure_dataset
-from raytron.errors import ClusterError, ConfigError
+from raytron.data.ensure import ensure_data
+from raytron.errors import ClusterError, ConfigError, Problem
 from raytron.observe.draw import loss_curve, page
 from raytron.observe.progress import Screen
 from raytron.observe.records import Record, read_records
@@ -294,11 +294,14 @@ def completed(config: RunConfig) -> Result | None:
 def tokenize(config: RunConfig, report: Callable[[float, str], None]) -> Path:
     """Prepares the data set of a configuration on a cluster or a local Ray; its folder."""
     found = data_problems(config)
+    if config.data.blend:
+        what = "names data sets that are tokenized already"
+        found = [Problem("data.blend", what, "leave it empty, and name the text in data.sources"), *found]
     if found:
         raise ConfigError(found)
     session = connect(config.cluster, 0)
     try:
-        return ensure_dataset(config, report)
+        return ensure_data(config, report)
     finally:
         session.close()
 

@@ -40,7 +40,8 @@ class TokenStream(Protocol):
 
     @property
     def samples_per_epoch(self) -> int:
-        """Number of consecutive ids, from a multiple of itself on, that visit every sample of the data set once."""
+        """Number of consecutive ids, from a multiple of itself on, that visit every sample of the data set once; of a
+        blend, samples of all its sources together."""
         ...
 
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:

@@ -6,15 +6,24 @@ Everything here only looks; nothing is written, no text is read. `raytron.data.p
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from raytron.config import DataConfig, RunConfig, to_mapping
+from raytron.data.blend_check import blend_problems, validation_problems
+from raytron.data.chat import check_template, read_template
 from raytron.data.corpus import resolve
+from raytron.data.fast import FAST, Encoder
+from raytron.data.fim import fim_problems
 from raytron.data.manifest import FILE_NAME
+from raytron.data.records import Fields
 from raytron.data.shards import Dataset, open_dataset
 from raytron.data.tokenizer import SMALLEST_VOCAB, Tokenizer
 from raytron.errors import ConfigError, DataError, Problem, RaytronError
 
-BUILD_KEYS = ("sources", "text_key", "validation_fraction", "shard_mb", "max_mb", "tokenizer")
+BUILD_KEYS = (
+    "sources", "format", "text_key", "messages_key", "chat_template", "metadata_keys", "on_bad_record",
+    "validation_fraction", "shard_mb", "max_mb", "tokenizer",
+)  # fmt: skip
 
 
 def data_folder(config: RunConfig) -> Path:
@@ -25,11 +34,31 @@ def data_folder(config: RunConfig) -> Path:
 def build_config(data: DataConfig) -> dict[str, object]:
     """The part of a configuration that decides what a prepared data set holds."""
     mapping = to_mapping(data)
+    mapping["tokenizer"].pop("backend")  # every backend gives the same ids
     return {key: mapping[key] for key in BUILD_KEYS}
+
+
+def fields_of(data: DataConfig) -> Fields:
+    """What a build takes of each record."""
+    key = {"text": data.text_key, "chat": data.messages_key, "preference": "chosen"}[data.format]
+    return Fields(key, data.metadata_keys, data.on_bad_record, data.format)
+
+
+def template_of(data: DataConfig) -> str | None:
+    """The chat template of a build, in Jinja; None where records are text. Raises DataError where it can't be read."""
+    return read_template(data.chat_template, data.tokenizer.path) if data.format != "text" else None
 
 
 def data_problems(config: RunConfig) -> list[Problem]:
     """Everything that keeps a run from using its data, as far as can be told without reading text."""
+    if config.data.blend:
+        return [*blend_problems(config), *validation_problems(config, [source.dataset for source in config.data.blend])]
+    ready = config.data.dataset is not None or (data_folder(config) / FILE_NAME).exists()
+    return [*_single_problems(config), *validation_problems(config, [data_folder(config)] if ready else [])]
+
+
+def _single_problems(config: RunConfig) -> list[Problem]:
+    """What keeps a run from using its one data set."""
     try:
         if config.data.dataset is not None or (data_folder(config) / FILE_NAME).exists():
             return dataset_problems(open_dataset(data_folder(config)), config)
@@ -42,20 +71,22 @@ def dataset_problems(dataset: Dataset, config: RunConfig) -> list[Problem]:
     """What keeps a run from using an opened data set."""
     data, digest = config.data, None
     if data.tokenizer.path is not None:
-        digest = Tokenizer(data.tokenizer.path, data.tokenizer.eod).sha256
+        digest = _given(data).sha256
     found = dataset.misfits(vocab=config.model.vocab, tokenizer_sha256=digest)
     if data.dataset is None:
         found += other_build(dataset, data)
-    return found
+    return found + fim_problems(dataset.tokenizer, data)
 
 
 def other_build(dataset: Dataset, data: DataConfig) -> list[Problem]:
     """Each key in which the configuration differs from the one that the data set was prepared by."""
-    now = build_config(data)
+    now, unsaid = build_config(data), build_config(DataConfig())  # a key that came later had its default before
+    then = {**unsaid, **dataset.manifest.build}
+    then["tokenizer"] = {**cast(dict[str, object], unsaid["tokenizer"]), **cast(dict[str, object], then["tokenizer"])}
     return [
-        Problem(f"data.{key}", f"is {now[key]!r}, but {dataset.path} was prepared with {before!r}", CHANGED)
-        for key, before in ((key, dataset.manifest.build.get(key)) for key in BUILD_KEYS)
-        if before != now[key]
+        Problem(f"data.{key}", f"is {now[key]!r}, but {dataset.name} was prepared with {then[key]!r}", CHANGED)
+        for key in BUILD_KEYS
+        if then[key] != now[key]
     ]
 
 
@@ -66,7 +97,7 @@ def source_problems(data: DataConfig) -> list[Problem]:
     """What keeps a data set from being prepared."""
     found: list[Problem] = []
     try:
-        resolve(data.sources, data.text_key, max_bytes(data))
+        resolve(data.sources, data.text_key, max_bytes(data), fields=fields_of(data))
     except RaytronError as error:
         found += problems_of(error, "data.sources")
     if data.tokenizer.path is None and data.tokenizer.vocab < SMALLEST_VOCAB:
@@ -74,10 +105,22 @@ def source_problems(data: DataConfig) -> list[Problem]:
         found.append(Problem("data.tokenizer.vocab", what, f"use {SMALLEST_VOCAB} or more"))
     try:
         if data.tokenizer.path is not None:
-            Tokenizer(data.tokenizer.path, data.tokenizer.eod)
+            tokenizer = _given(data)
+            if data.tokenizer.backend == FAST:
+                Encoder(tokenizer, FAST)
+            found += fim_problems(tokenizer.path, data, data.tokenizer.pattern)
+        template = template_of(data)
+        if template is not None:
+            check_template(template)
     except RaytronError as error:
         found += problems_of(error, "data.tokenizer.path")
     return found
+
+
+def _given(data: DataConfig) -> Tokenizer:
+    """The tokenizer that a path names. Raises DataError or ConfigError."""
+    assert data.tokenizer.path is not None
+    return Tokenizer(data.tokenizer.path, data.tokenizer.eod, data.tokenizer.pattern)
 
 
 def max_bytes(data: DataConfig) -> int | None:
@@ -101,7 +144,7 @@ def _vocab_problems(config: RunConfig) -> list[Problem]:
         vocab, where = data.tokenizer.vocab, "data.tokenizer.vocab"
     else:
         try:
-            vocab, where = Tokenizer(data.tokenizer.path, data.tokenizer.eod).vocab, "data.tokenizer.path"
+            vocab, where = _given(data).vocab, "data.tokenizer.path"
         except RaytronError:
             return []  # named by source_problems
     if vocab <= config.model.vocab:

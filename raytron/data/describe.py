@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from raytron.data.compact import SPLITS
+from raytron.data.manifest import SPLITS
+from raytron.data.pack import plans_in
 from raytron.data.shards import Dataset, open_dataset
 
 BAR = 32  # characters of the longest bar
@@ -21,8 +22,10 @@ def describe(path: str | Path, verify: bool = False) -> str:
     `verify` also reads every byte of it. Raises DataError where it can't be opened, is incomplete, or is damaged.
     """
     dataset = open_dataset(path)
-    lines = [f"data set {dataset.path}", f"  hash        {dataset.hash}", ""]
+    lines = [f"data set {dataset.name}", f"  hash        {dataset.hash}", ""]
     lines += [*_splits(dataset), "", *_tokenizer(dataset), "", *_sources(dataset), "", *_lengths(dataset)]
+    for plan in plans_in(dataset.path, dataset, verify):
+        lines += ["", f"  {'packed':<12}" + str(plan).replace("\n", f"\n  {'':<12}")]
     if verify:
         dataset.verify()
         lines += ["", "verified: every digest, document boundary and token id is as it should be"]
@@ -33,7 +36,7 @@ def _splits(dataset: Dataset) -> Iterator[str]:
     yield f"  {'split':<12}{'shards':>8}{'documents':>13}{'tokens':>16}{'size':>12}"
     for split in SPLITS:
         entries = dataset.entries(split)
-        size = sum(entry.bytes for entry in entries) / 2**20
+        size = int(entries.column("bytes").sum()) / 2**20
         counts = f"{dataset.documents(split):>13,}{dataset.tokens(split):>16,}"
         yield f"  {split:<12}{len(entries):>8}{counts}{size:>8.1f} MiB"
 
@@ -42,6 +45,8 @@ def _tokenizer(dataset: Dataset) -> Iterator[str]:
     unigram = dataset.manifest.unigram
     yield f"  tokenizer   {dataset.tokenizer.name}, {dataset.vocab} ids, end of document {dataset.eod}"
     yield f"  sha256      {dataset.manifest.tokenizer_sha256}"
+    if dataset.manifest.backend:
+        yield f"  encoded by  {dataset.manifest.backend}"
     yield f"  entropy     {unigram.nats:.4f} nats per token (unigram, {unigram.distinct} ids in use)"
 
 
@@ -54,6 +59,9 @@ def _sources(dataset: Dataset) -> Iterator[str]:
         yield f"  {'':<12}and {len(sources) - SHOWN_SOURCES} more"
     if dataset.manifest.skipped:
         yield f"  {'skipped':<12}{dataset.manifest.skipped:,} files or parts of files without text"
+    if dataset.manifest.bad_records:
+        yield f"  {'bad records':<12}{dataset.manifest.bad_records:,} left out, such as"
+        yield from (f"  {'':<12}{example}" for example in dataset.manifest.bad_examples)
 
 
 def _lengths(dataset: Dataset) -> Iterator[str]:

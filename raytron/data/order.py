@@ -98,6 +98,38 @@ def permute(position: ArrayLike, size: int, key: int) -> NDArray[np.int64]:
     return value.astype(np.int64)
 
 
+def permute_each(
+    position: NDArray[np.int64], which: NDArray[np.int64], sizes: NDArray[np.int64], keys: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """`permute` of each position (n,) by its own permutation: number `which` (n,) of those of sizes and keys (m,).
+
+    Sizes up to 2^53. Positions are not checked.
+    """
+    bits = np.maximum(np.frexp((sizes - 1).astype(np.float64))[1], MIN_BITS).astype(np.uint64)
+    half = bits // np.uint64(2)
+    one = np.uint64(1)
+    masks = ((one << (bits - half)) - one, (one << half) - one)
+    steps = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(GOLDEN)
+    round_keys = mix64_array(keys + steps)  # (rounds, m)
+
+    def network(value: NDArray[np.uint64], of: NDArray[np.int64]) -> NDArray[np.uint64]:
+        shift, sides = half[of], (masks[0][of], masks[1][of])
+        halves = [value >> shift, value & sides[1]]
+        for number in range(ROUNDS):
+            this, other = number % 2, 1 - number % 2
+            halves[this] = halves[this] ^ (mix64_array(halves[other] + round_keys[number][of]) & sides[this])
+        joined: NDArray[np.uint64] = (halves[0] << shift) | halves[1]
+        return joined
+
+    limit = sizes.astype(np.uint64)[which]
+    value = network(position.astype(np.uint64), which)
+    outside = np.flatnonzero(value >= limit)
+    while outside.size:
+        value[outside] = network(value[outside], which[outside])
+        outside = outside[value[outside] >= limit[outside]]
+    return value.astype(np.int64)
+
+
 def derive_key(*parts: int) -> int:
     """One 64-bit key from several whole numbers; any change of one, or of their order, gives an unrelated key."""
     key = 0

@@ -1,54 +1,48 @@
-"""Training samples straight from the shards: concatenate and chop.
+"""Training samples by id: an order says which sample of which source an id names, a reader for each source reads it.
 
-Each shard is one run of tokens, documents end to end, cut every S tokens; a sample also sees one token more, the label
-of its last. What is left at a shard's end is not read.
+    ids ──► Order.locate ──► source, sample ──► readers[source].read ──► rows, put together by id ──► transform ──► batch
 
-    shard      t t t t e t t e t t t t t e t          S = 4
-    sample 0   t t t t|e                              tokens | last label
-    sample 1           e t t e|t
-
-Where documents are kept apart, a batch also says which document each token is of, and the label of a document's last
-token, which would be the first of another document, has weight 0.
-
-Which sample an id names is the order's matter (`raytron.data.order`); here a sample becomes a slice of a memory map, in
-the process that asks for it, with no worker process and no queue.
+The order is `raytron.data.order` for one data set and `raytron.data.blend` for several; the readers are
+`raytron.data.reader`. Neither knows of the other. All of it happens in the process that asks, with no worker process.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raytron.config import RunConfig
 from raytron.data.batch import Batch, part_of
+from raytron.data.fim import FillInTheMiddle, fim_problems
 from raytron.data.manifest import Split
 from raytron.data.order import FixedOrder, Order, ShuffledOrder
-from raytron.data.shard_file import REBUILD, Shard
+from raytron.data.reader import ChopReader, Reader, open_reader
+from raytron.data.rows import Rows, Transform, batch_of
 from raytron.data.shards import Dataset
-from raytron.errors import DataError, Problem
+from raytron.data.tokenizer import token_ids
+from raytron.errors import DataError
 
-MAX_OPEN_SHARDS = 256
 
+class SampleStream:
+    """The TokenStream of an order over one reader for each source, all of one packing.
 
-class ShardStream:
-    """The TokenStream of one split of a data set; `train` is shuffled anew each epoch, `validation` never.
-
-    documents: whether batches tell the documents apart.
-    Raises DataError where no shard of the split holds a single sample.
+    documents: whether batches tell the documents apart, which readers have to know then. transform: of every sample, keyed
+    by its id.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, sequence_length: int, seed: int = 0, *, documents: bool = False):
-        self.dataset, self.split, self._sequence_length = dataset, split, sequence_length
-        self.documents = documents
-        self._entries = dataset.entries(split)
-        samples = [max(entry.tokens - 1, 0) // sequence_length for entry in self._entries]
-        self._ends = np.cumsum(samples, dtype=np.int64)  # (shards,) samples up to and with each shard
-        if not sum(samples):
-            raise DataError(_too_short(dataset, split, sequence_length))
-        size = int(self._ends[-1])
-        self.order: Order = ShuffledOrder(size, seed) if split == "train" else FixedOrder(size)
-        self._open: OrderedDict[int, Shard] = OrderedDict()  # the most recently used last
+    def __init__(
+        self,
+        order: Order,
+        readers: Sequence[Reader],
+        sequence_length: int,
+        *,
+        documents: bool = False,
+        transform: Transform | None = None,
+    ):
+        self.order, self.readers, self._sequence_length = order, tuple(readers), sequence_length
+        self.documents, self.transform = documents, transform
 
     @property
     def sequence_length(self) -> int:
@@ -56,66 +50,85 @@ class ShardStream:
 
     @property
     def samples_per_epoch(self) -> int:
-        return int(self._ends[-1])
+        return sum(reader.size for reader in self.readers)
 
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
         """See `TokenStream.batch`. Reads only the part that is asked for."""
-        start, stop = part_of(first, count, part, parts)
-        ids = np.arange(start, stop, dtype=np.int64)
-        tokens = np.empty((len(ids), self.sequence_length), np.int64)
-        labels = np.empty_like(tokens)
-        shards, offsets = self.locate(ids)
-        for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
-            piece = self._shard(shard).tokens[offset : offset + self.sequence_length + 1]
-            tokens[row], labels[row] = piece[:-1], piece[1:]
-        self._check_ids(tokens, labels, shards)
-        weights = np.ones(tokens.shape, np.float32)
-        if not self.documents:
-            return Batch(ids, tokens, labels, weights)
-        numbers = self._documents(shards, offsets)
-        weights[numbers[:, :-1] != numbers[:, 1:]] = 0
-        return Batch(ids, tokens, labels, weights, numbers[:, :-1])
+        return batch_of(*self.rows(first, count, part, parts), self.documents)
 
-    def locate(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of sample ids (n,): the number of the shard (n,) and the offset of the first token in it (n,)."""
-        index = self.order.locate(ids).sample
-        shard = np.searchsorted(self._ends, index, side="right")
-        before = np.concatenate([np.zeros(1, np.int64), self._ends])[shard]
-        return shard.astype(np.int64), (index - before) * self.sequence_length
-
-    def _documents(self, shards: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int32]:
-        """(n, S + 1): the document, counted from the sample's first, of each token and of the last label."""
-        at = np.arange(self.sequence_length + 1)
-        numbers = np.empty((len(shards), len(at)), np.int32)
-        for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
-            found = np.searchsorted(self._shard(shard).offsets, offset + at, side="right")
-            numbers[row] = found - found[0]
-        return numbers
-
-    def _shard(self, number: int) -> Shard:
-        if number not in self._open:
-            self._open[number] = self.dataset.read(self._entries[number])
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
-
-    def _check_ids(self, tokens: NDArray[np.int64], labels: NDArray[np.int64], shards: NDArray[np.int64]) -> None:
-        """An id beyond the vocabulary would be an opaque fault in an embedding: say here whose it is."""
-        if not len(tokens) or max(tokens.max(), labels.max()) < self.dataset.vocab:
-            return
-        row = int(np.argmax(np.maximum(tokens, labels).max(axis=1)))
-        path = self.dataset.path / self._entries[int(shards[row])].path
-        what = f"token id {max(tokens.max(), labels.max())} is beyond the vocabulary of {self.dataset.vocab}"
-        raise DataError(Problem(str(path), what, REBUILD))
+    def rows(self, first: int, count: int, part: int = 0, parts: int = 1) -> tuple[NDArray[np.int64], Rows]:
+        """Sample ids (n,) and samples of the same part, before they are cut into tokens and labels: for objectives that cut
+        them otherwise."""
+        ids = np.arange(*part_of(first, count, part, parts), dtype=np.int64)
+        place = self.order.locate(ids)
+        sources = np.unique(place.source).tolist() or [0]
+        if len(sources) == 1:
+            rows = self.readers[sources[0]].read(place.sample)
+        else:
+            where = [np.flatnonzero(place.source == source) for source in sources]
+            each = [self.readers[source].read(place.sample[at]) for source, at in zip(sources, where, strict=True)]
+            rows = _together(each, where, len(ids))
+        return ids, rows if self.transform is None else self.transform(rows, ids)
 
 
-def _too_short(dataset: Dataset, split: Split, sequence_length: int) -> Problem:
-    longest = max((entry.tokens for entry in dataset.entries(split)), default=0)
-    what = (
-        f"the {split} split holds {dataset.tokens(split)} tokens, at most {longest} in one shard; "
-        f"one sample needs {sequence_length + 1}"
+class ShardStream(SampleStream):
+    """The TokenStream of one split of a data set; `train` is shuffled anew each epoch, `validation` never.
+
+    documents: whether batches tell the documents apart. reader: of the samples; None: documents end to end, cut every S
+    tokens. transform: of every sample, keyed by its id.
+    Raises DataError where no shard of the split holds a single sample.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        sequence_length: int,
+        seed: int = 0,
+        *,
+        documents: bool = False,
+        reader: Reader | None = None,
+        transform: Transform | None = None,
+    ):
+        reader = reader or ChopReader(dataset, split, sequence_length, documents=documents)
+        order: Order = ShuffledOrder(reader.size, seed) if split == "train" else FixedOrder(reader.size)
+        super().__init__(order, [reader], sequence_length, documents=documents, transform=transform)
+
+
+def open_stream(config: RunConfig, dataset: Dataset, split: Split) -> ShardStream:
+    """The stream of a split as a run's configuration says; only training samples are transformed. Raises DataError as
+    `open_reader` does."""
+    return ShardStream(
+        dataset,
+        split,
+        config.sequence_length,
+        config.seed,
+        documents=config.data.apart,
+        reader=open_reader(config, dataset, split),
+        transform=training_transform(config, dataset) if split == "train" else None,
     )
-    shorter = f"a sequence_length of at most {longest - 1}" if longest > 1 else "more text"
-    more = " or a larger data.validation_fraction" if split == "validation" else " or a larger corpus"
-    return Problem(str(dataset.path), what, f"use {shorter}{more}")
+
+
+def training_transform(config: RunConfig, dataset: Dataset) -> Transform | None:
+    """What is done to training samples after they were packed; dataset: whose tokenizer made them. Raises DataError where
+    the tokenizer lacks a token."""
+    fim = config.data.fim
+    if not fim.rate:
+        return None
+    prefix, middle, suffix = token_ids(dataset.tokenizer, (fim.prefix, fim.middle, fim.suffix))
+    if prefix is None or middle is None or suffix is None:
+        raise DataError("\n".join(map(str, fim_problems(dataset.tokenizer, config.data))))
+    return FillInTheMiddle(config.seed, fim.rate, fim.spm_rate, prefix, middle, suffix, dataset.eod)
+
+
+def _together(parts: Sequence[Rows], where: Sequence[NDArray[np.intp]], count: int) -> Rows:
+    """Rows of several sources, each at its places among `count`."""
+    shape = (count, parts[0].tokens.shape[1])
+    documents = np.empty(shape, np.int32) if parts[0].documents is not None else None
+    rows = Rows(np.empty(shape, np.int64), np.empty(shape, np.bool_), documents)
+    for part, here in zip(parts, where, strict=True):
+        rows.tokens[here], rows.counts[here] = part.tokens, part.counts
+        if documents is not None:
+            assert part.documents is not None, "sources of one blend know their documents, or none does"
+            documents[here] = part.documents
+    return rows

@@ -8,21 +8,18 @@ object store or the driver. Which group a unit belongs to depends on the corpus 
 set is the same, byte for byte, for any number of workers. Tasks are stateless and hold a CPU only while they run, no
 actor pool is kept: a pool that takes every CPU of a cluster can starve the stages before it.
 
-A document's id is a digest of its text, and that chooses its split: it stays in its split when text is added later, and
-two copies of one document never stand on both sides.
+What a task does stands in `raytron.data.task`; one that an attempt before this one has done is not done again.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
-from pathlib import Path
+from dataclasses import asdict, astuple, dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -30,16 +27,15 @@ import ray
 import xxhash
 from numpy.typing import NDArray
 
-from raytron.data.compact import SPLITS, Part
-from raytron.data.corpus import Corpus, Unit, documents
-from raytron.data.order import mix64
-from raytron.data.shard_file import offsets_of, token_dtype, write_shard
-from raytron.data.tokenizer import Tokenizer
+from raytron.data.corpus import Corpus
+from raytron.data.fast import FAST
+from raytron.data.parts import Done, Part
+from raytron.data.records import SHOWN_BAD, Unit
+from raytron.data.task import Job, tokenize_group
 from raytron.errors import ClusterError, DataError, Problem, RaytronError
 
 Report = Callable[[float, str], None]  # (share that is done, in [0, 1]; a line for a human)
 
-CHUNK_CHARS = 2**20  # text that is encoded at once
 GROUPS = 32  # tasks that a corpus is cut in, within the limits of a group's size
 SMALLEST_GROUP_BYTES = 2**20
 WAIT_FOR_CPU_S = 10.0
@@ -47,22 +43,14 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is the same for every task."""
-
-    folder: str  # where parts are written; the same directory on every node
-    tokenizer: str
-    eod: str
-    text_key: str
-    validation_fraction: float
-
-
-@dataclass(frozen=True)
 class Tokenized:
     parts: tuple[Part, ...]
     counts: NDArray[np.int64]  # (vocab,) of each id in the training parts
     corpus_xxh3_128: str
-    skipped: int  # files without a document
+    skipped: int  # files, or parts of files, without a document
+    bad: int  # records that were skipped
+    bad_examples: tuple[str, ...]
+    backend: str  # the libraries that encoded
 
 
 def tokenize_corpus(corpus: Corpus, job: Job, vocab: int, shard_bytes: int, report: Report) -> Tokenized:
@@ -72,17 +60,46 @@ def tokenize_corpus(corpus: Corpus, job: Job, vocab: int, shard_bytes: int, repo
     """
     _wait_for_cpu()
     groups = group_units(corpus.units, _group_bytes(corpus.bytes, shard_bytes))
-    rows: dict[int, Mapping[str, Any]] = {}
-    done, started = 0, time.monotonic()
+    progress = _Progress(corpus.bytes, [sum(unit.bytes for unit in group) for group in groups], report)
+    dones: dict[int, Done] = {}
+    counts = np.zeros(vocab, np.int64)
     for row in _run(groups, job):
         facts = json.loads(row["facts"])
         if "error" in facts:
             raise DataError(facts["error"])
-        rows[facts["group"]] = {**facts, "counts": np.frombuffer(row["counts"], np.int64)}
-        done += sum(unit.bytes for unit in groups[facts["group"]])
-        rate = done / MIB / max(time.monotonic() - started, 1e-6)
-        report(done / corpus.bytes, f"tokenized {done / MIB:.1f} of {corpus.bytes / MIB:.1f} MiB, {rate:.1f} MiB/s")
-    return _collect([rows[number] for number in range(len(groups))], vocab)
+        done = Done.of(facts)
+        dones[done.group] = done
+        counts += np.frombuffer(row["counts"], np.int64)
+        progress.tell(done)
+    return _collect([dones[number] for number in range(len(groups))], counts)
+
+
+class _Progress:
+    """Tells how far it is, how fast, and how long it will take; what was found done counts for no speed."""
+
+    def __init__(self, total: int, sizes: Sequence[int], report: Report):
+        self.total, self.sizes, self.report = total, sizes, report
+        self.done = self.fresh = self.tokens = self.kept = 0
+        self.backend = ""
+        self.started = time.monotonic()
+
+    def tell(self, done: Done) -> None:
+        size = self.sizes[done.group]
+        self.done += size
+        share = self.done / self.total
+        if done.kept:
+            self.kept += 1
+            self.report(share, f"tokenized before: {self.kept} of {len(self.sizes)} tasks")
+            return
+        self.fresh, self.tokens = self.fresh + size, self.tokens + done.tokens
+        if done.backend != self.backend:
+            self.backend = done.backend
+            why = f": {FAST} is not used, {done.reason}" if done.reason else ""
+            self.report(share, f"encoding with {done.backend}{why}")
+        took_s = max(time.monotonic() - self.started, 1e-6)
+        left = timedelta(seconds=round((self.total - self.done) * took_s / self.fresh))
+        speed = f"{self.fresh / MIB / took_s:.1f} MiB/s, {self.tokens / took_s:,.0f} tokens/s, {left} left"
+        self.report(share, f"tokenized {self.done / MIB:.1f} of {self.total / MIB:.1f} MiB, {speed}")
 
 
 def group_units(units: Sequence[Unit], group_bytes: int) -> list[list[Unit]]:
@@ -98,74 +115,16 @@ def group_units(units: Sequence[Unit], group_bytes: int) -> list[list[Unit]]:
     return groups
 
 
-def is_validation(doc_id: int, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: true for `fraction` of all ids."""
-    return mix64(doc_id) < fraction * 2**64
-
-
-def tokenize_group(group: int, units: Sequence[Unit], job: Job) -> tuple[dict[str, Any], NDArray[np.int64]]:
-    """One task: writes up to one part for each split. Returns its facts (JSON) and the counts (vocab,) of its ids."""
-    tokenizer = _tokenizer(job.tokenizer, job.eod)
-    tokens: dict[str, list[NDArray[Any]]] = {split: [] for split in SPLITS}
-    ids: dict[str, list[int]] = {split: [] for split in SPLITS}
-    order: list[int] = []
-    skipped = 0
-    for texts, empty in _chunks(units, job.text_key):
-        skipped += empty
-        for text, encoded in zip(texts, tokenizer.encode_documents(texts), strict=True):
-            doc_id = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
-            split = "validation" if is_validation(doc_id, job.validation_fraction) else "train"
-            tokens[split].append(encoded.astype(token_dtype(tokenizer.vocab)))
-            ids[split].append(doc_id)
-            order.append(doc_id)
-    counts = np.zeros(tokenizer.vocab, np.int64)
-    parts = []
-    for split in SPLITS:
-        path = Path(job.folder) / f"{group:06d}-{split}.arrow"
-        lengths = np.array([len(document) for document in tokens[split]], np.int64)
-        if len(lengths):
-            flat = np.concatenate(tokens[split])
-            write_shard(path, flat, offsets_of(lengths), np.array(ids[split], np.uint64))
-            if split == "train":
-                counts += np.bincount(flat, minlength=tokenizer.vocab)
-        parts.append(astuple(Part(str(path), split, len(lengths), int(lengths.sum()))))
-    digest = xxhash.xxh3_128_hexdigest(np.array(order, np.uint64).tobytes())
-    return {"group": group, "parts": parts, "digest": digest, "skipped": skipped}, counts
-
-
-def _chunks(units: Sequence[Unit], text_key: str) -> Iterator[tuple[list[str], int]]:
-    """Documents in lists of about CHUNK_CHARS, each with the number of units since the last that held none."""
-    texts: list[str] = []
-    chars = empty = 0
-    for unit in units:
-        held = False
-        for text in documents(unit, text_key):
-            held = True
-            texts.append(text)
-            chars += len(text)
-            if chars >= CHUNK_CHARS:
-                yield texts, empty
-                texts, chars, empty = [], 0, 0
-        empty += not held
-    yield texts, empty
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(path: str, eod: str) -> Tokenizer:
-    """Loaded once a process for the tasks of a job, each of which has one CPU and so starts no threads."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return Tokenizer(path, eod)
-
-
 def _task(batch: dict[str, Any], job: Job) -> dict[str, Any]:
     """The Ray Data function: one row in, one row of facts out. An expected error is a row too, so it keeps its text."""
     group = int(batch["group"][0])
     units = [Unit(*values) for values in json.loads(batch["units"][0])]
     counts = np.zeros(0, np.int64)
     try:
-        facts, counts = tokenize_group(group, units, job)
+        done, counts = tokenize_group(group, units, job)
+        facts = asdict(done)
     except RaytronError as error:
-        facts = {"group": group, "error": str(error)}
+        facts = {"error": str(error)}
     return {"facts": [json.dumps(facts)], "counts": [counts.tobytes()]}
 
 
@@ -224,14 +183,15 @@ def _group_bytes(corpus_bytes: int, shard_bytes: int) -> int:
     return min(max(corpus_bytes // GROUPS, SMALLEST_GROUP_BYTES), max(2 * shard_bytes, SMALLEST_GROUP_BYTES))
 
 
-def _collect(rows: Sequence[Mapping[str, Any]], vocab: int) -> Tokenized:
-    """The facts of all groups, in the order of the corpus, as one."""
-    counts = np.zeros(vocab, np.int64)
-    for row in rows:
-        counts += row["counts"]
+def _collect(dones: Sequence[Done], counts: NDArray[np.int64]) -> Tokenized:
+    """What all tasks did, in the order of the corpus, as one."""
+    examples = [example for done in dones for example in done.bad_examples]
     return Tokenized(
-        parts=tuple(Part(*values) for row in rows for values in row["parts"]),
+        parts=tuple(part for done in dones for part in done.parts),
         counts=counts,
-        corpus_xxh3_128=xxhash.xxh3_128_hexdigest("".join(row["digest"] for row in rows).encode()),
-        skipped=sum(row["skipped"] for row in rows),
+        corpus_xxh3_128=xxhash.xxh3_128_hexdigest("".join(done.digest for done in dones).encode()),
+        skipped=sum(done.skipped for done in dones),
+        bad=sum(done.bad for done in dones),
+        bad_examples=tuple(examples[:SHOWN_BAD]),
+        backend=", ".join(sorted({done.backend for done in dones if done.documents})),
     )

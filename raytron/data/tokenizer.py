@@ -1,70 +1,119 @@
-"""Text to token ids and back: byte-level BPE, in the `tokenizer.json` format of the `tokenizers` library.
+"""Text to token ids and back, one interface over the formats that tokenizers come in.
 
-Byte-pair encoding (Sennrich, Haddow and Birch, arXiv 1508.07909) begins with the 256 bytes and joins, again and again,
-the pair that occurs most often in the training text; on bytes (GPT-2) there is no unknown text. One more token ends each
-document. Training is deterministic: the same text gives the same file.
+    tokenizer.json     of the `tokenizers` library          raytron.data.codec_json
+    *.model            of SentencePiece                     raytron.data.codec_sentencepiece
+    *.tiktoken         ranks of tiktoken, and a pattern     raytron.data.codec_tiktoken
+    the word `byte`    no file: 256 bytes                   raytron.data.codec_bytes
+
+A `Codec` knows one format; `Tokenizer` adds what all share: an identity (a digest), the token that ends each document, and
+documents longer than a piece. Whatever the format, what is stored in a data set, a run and beside a checkpoint is one
+file, tokenizer.json: the library's own, or one of ours that holds the other format whole.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
+from raytron.data import codec_bytes, codec_json, codec_sentencepiece, codec_tiktoken
 from raytron.data.shard_file import replacing
-from raytron.errors import ConfigError, DataError, Problem
+from raytron.errors import ConfigError, DataError, Problem, RaytronError
 
 SMALLEST_VOCAB = 257  # the bytes, and the token that ends a document
+BYTE = codec_bytes.KIND  # stands in place of a path
 PIECE_CHARS = 2**20  # a longer document is encoded in pieces
 SEAM = re.compile(r"(?<=\S)\n(?=\S)")  # a line end where pieces encode as the whole would
+PACKED = "raytron_tokenizer"  # the key of our own files: which format they hold
+
+
+class Codec(Protocol):
+    """One format."""
+
+    kind: str  # "tokenizers", "sentencepiece", "tiktoken" or "byte"
+    vocab: int  # ids are in [0, vocab)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name."""
+
+    def special_tokens(self) -> list[str]:
+        """Names of tokens that may end a document."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Ids of each text, nothing added; text that spells a special token is text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+
+    def packed(self) -> dict[str, Any] | None:
+        """What one of our own files holds; None where the format is a tokenizer.json by itself."""
 
 
 class Tokenizer:
     """A loaded tokenizer. Text that spells a special token is encoded as text: a document can't end another."""
 
-    def __init__(self, path: str | Path, eod: str):
-        """Loads a tokenizer.json. Raises DataError where it can't, ConfigError where it lacks the `eod` token."""
-        self.path = Path(path)
-        remedy = "give the path of a tokenizer.json of the `tokenizers` library"
-        try:
-            content = self.path.read_bytes()
-            self._inner = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except OSError as error:
-            raise DataError(Problem(str(path), f"can't be read: {error.strerror}", remedy)) from None
-        except Exception as error:  # the library raises bare Exception for a file that it does not understand
-            raise DataError(Problem(str(path), f"is not a tokenizer: {error}", remedy)) from None
-        self._inner.encode_special_tokens = True
-        self._inner.no_truncation()
-        self._inner.no_padding()
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self.vocab = 1 + max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
-        found = self._inner.token_to_id(eod)
+    def __init__(self, path: str | Path, eod: str, pattern: str | None = None):
+        """Loads a tokenizer. path: its file, or `byte`. pattern: how tiktoken's ranks cut text, a name or a regex.
+
+        Raises DataError where it can't, ConfigError where it lacks the `eod` token or the pattern is missing or unused.
+        """
+        self.path, self._eod_name = Path(path), eod
+        self.codec, self.content = _load(self.path, eod, pattern)
+        self.sha256 = hashlib.sha256(self.content).hexdigest()
+        self.vocab = self.codec.vocab
+        found = self.codec.id_of(eod)
         if found is None:
-            special = [token.content for token in self._inner.get_added_tokens_decoder().values()]
             what = f"{self.path} has no token {eod!r}"
-            raise ConfigError([Problem("data.tokenizer.eod", what, f"use one of: {', '.join(special[:8])}")])
+            remedy = f"use one of: {', '.join(self.codec.special_tokens()[:8])}"
+            raise ConfigError([Problem("data.tokenizer.eod", what, remedy)])
         self.eod: int = found
+
+    def save(self, path: Path) -> Tokenizer:
+        """Stores the tokenizer as one file, which loads without a pattern; that one, loaded."""
+        with replacing(path) as temporary:
+            temporary.write_bytes(self.content)
+        return Tokenizer(path, self._eod_name)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, nothing added."""
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = self.codec.encode_batch([text])[0].tolist()
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        return self.codec.decode(list(ids))
+
+    @property
+    def kind(self) -> str:
+        """The library that encodes: "tokenizers", "sentencepiece", "tiktoken"; or "byte"."""
+        return self.codec.kind
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """The ids of each document, the end-of-document token last."""
         split = [list(pieces(text)) for text in texts]
-        flat = [piece for parts in split for piece in parts]
-        encoded = iter(self._inner.encode_batch_fast(flat, add_special_tokens=False))
-        end = [self.eod]
-        return [np.concatenate([*(next(encoded).ids for _ in parts), end]).astype(np.uint32) for parts in split]
+        encoded = iter(self.codec.encode_batch([piece for parts in split for piece in parts]))
+        end = np.array([self.eod], np.uint32)
+        return [np.concatenate([*(next(encoded) for _ in parts), end]) for parts in split]
+
+
+UNPACK: Mapping[str, Callable[[Mapping[str, Any]], Codec]] = {
+    codec_bytes.KIND: codec_bytes.unpacked,
+    codec_sentencepiece.KIND: codec_sentencepiece.unpacked,
+    codec_tiktoken.KIND: codec_tiktoken.unpacked,
+}
+
+
+def token_ids(path: Path, names: Sequence[str], eod: str = "", pattern: str | None = None) -> list[int | None]:
+    """The ids of tokens by name in a tokenizer's file; None for one that it does not have. Raises as `Tokenizer`, whose
+    arguments the others are: a file that was stored needs none."""
+    codec, _ = _codec(path, eod, pattern)
+    return [codec.id_of(name) for name in names]
 
 
 def train_tokenizer(path: Path, texts: Iterable[str], vocab: int, eod: str) -> Tokenizer:
@@ -75,18 +124,9 @@ def train_tokenizer(path: Path, texts: Iterable[str], vocab: int, eod: str) -> T
     if vocab < SMALLEST_VOCAB:
         what = f"{vocab} ids have no room for 256 bytes and the end-of-document token"
         raise ConfigError([Problem("data.tokenizer.vocab", what, f"use {SMALLEST_VOCAB} or more")])
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[eod],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    inner.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    content = codec_json.trained((piece for text in texts for piece in pieces(text)), vocab, eod)
     with replacing(path) as temporary:
-        temporary.write_text(inner.to_str(pretty=False), encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")
     return Tokenizer(path, eod)
 
 
@@ -101,3 +141,34 @@ def pieces(text: str, limit: int = PIECE_CHARS) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:]
+
+
+def _load(path: Path, eod: str, pattern: str | None) -> tuple[Codec, bytes]:
+    """The codec of a file, and what is stored of it."""
+    codec, content = _codec(path, eod, pattern)
+    if pattern is not None and codec.kind != codec_tiktoken.KIND:
+        what = f"has no effect: {path} is no ranks of tiktoken"
+        raise ConfigError([Problem(codec_tiktoken.WHERE, what, "leave it at null")])
+    packed = codec.packed()
+    return codec, content if packed is None else json.dumps({PACKED: codec.kind, **packed}).encode()
+
+
+def _codec(path: Path, eod: str, pattern: str | None) -> tuple[Codec, bytes]:
+    if str(path) == BYTE:
+        return codec_bytes.ByteCodec(eod), b""
+    remedy = f"give a tokenizer.json, a SentencePiece .model, tiktoken's ranks, or the word {BYTE}"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(Problem(str(path), f"can't be read: {error.strerror}", remedy)) from None
+    try:
+        if content[:1] == b"{":
+            facts = json.loads(content)
+            return (UNPACK[facts[PACKED]](facts) if PACKED in facts else codec_json.JsonCodec(content)), content
+        if codec_tiktoken.are_ranks(content):
+            return codec_tiktoken.ranked(content, eod, pattern), content
+        return codec_sentencepiece.SentencePieceCodec(content), content
+    except RaytronError:
+        raise
+    except Exception as error:  # libraries raise bare Exception for a file that they do not understand
+        raise DataError(Problem(str(path), f"is not a tokenizer: {error}", remedy)) from None

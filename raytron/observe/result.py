@@ -11,6 +11,8 @@ from raytron.observe.draw import loss_curve, page
 from raytron.observe.records import Record, read_records
 from raytron.observe.table import Table
 
+NAMED = "validation_loss/"  # before the name of a validation set
+
 
 @dataclass(frozen=True, repr=False)
 class Result:
@@ -24,6 +26,9 @@ class Result:
     checkpoint: str | None  # the newest generation
     metrics: Table = field(default_factory=Table)  # one for each committed step
     validation_loss: float | None = None
+    validation_losses: dict[str, float] = field(
+        default_factory=dict
+    )  # by the names of validation sets, if they have any
     unigram_entropy: float | None = None  # of the training text: what counting tokens alone achieves
     continuation: str | None = None  # of evaluate.prompt, greedy
     restarts: int = 0
@@ -48,6 +53,8 @@ class Result:
         yield "steps", f"{self.step} of {self.steps}"
         yield "loss", _number(self.final_loss)
         yield "validation loss", _number(self.validation_loss)
+        for name, loss in self.validation_losses.items():
+            yield f"  {name}", _number(loss)
         yield "unigram entropy", _number(self.unigram_entropy)
         yield "checkpoint", self.checkpoint
         yield "restarts", str(self.restarts) if self.restarts else None
@@ -79,6 +86,7 @@ def read_result(
         checkpoint=checkpoint,
         metrics=Table(record for record in read_records(run_dir / "metrics.jsonl") if record["step"] <= step),
         validation_loss=last("evaluate", "validation_loss"),
+        validation_losses=_named_losses(events),
         unigram_entropy=last("data", "unigram_entropy"),
         continuation=last("continuation", "text"),
         restarts=sum(record["event"] == "restart" for record in events),
@@ -90,6 +98,12 @@ def _last_of(events: list[Record]) -> Callable[[str, str], Any]:
         return next((e[key] for e in reversed(events) if e["event"] == kind and key in e), None)
 
     return last
+
+
+def _named_losses(events: list[Record]) -> dict[str, float]:
+    """Of the last evaluation, the loss of each validation set that has a name."""
+    last = next((e for e in reversed(events) if e["event"] == "evaluate"), {})
+    return {key.removeprefix(NAMED): loss for key, loss in last.items() if key.startswith(NAMED)}
 
 
 def _number(value: float | None) -> str | None:

@@ -313,9 +313,11 @@ class Engine:
     def _bind(self, batch: Batch, count: int, training: bool) -> None:
         """Cuts a share of sequences into micro-batches, adds empty ones up to `count`, and hands them to the stages. Raises
         DataError where documents are to be kept apart and the batch does not tell them apart."""
-        if self.plan.config.data.document_mask and batch.documents is None:
+        data = self.plan.config.data
+        if data.apart and batch.documents is None:
             what = "the batches of this token stream do not say where documents end"
-            raise DataError(Problem("data.document_mask", what, "use a stream that does, or set it to false"))
+            key, remedy = ("data.document_mask", "false") if data.packing == "chop" else ("data.packing", "chop")
+            raise DataError(Problem(key, what, f"use a stream that does, or set it to {remedy}"))
         own = [*micro_batches(batch, self.plan.config.micro_batch_size, self._held(batch), self.mesh.device)]
         batches = filled_up(own, count)
         for bound in self._bound.values():

@@ -1,33 +1,46 @@
-"""Opens what one rank trains with: the streams of a data set, and a Trainer over them."""
+"""Opens what one rank trains with: the streams of a run's data, and a Trainer over them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from raytron.checkpoint.store import Hook, no_hook
 from raytron.config import RunConfig
-from raytron.data.shards import Dataset, open_dataset
-from raytron.data.stream import ShardStream
+from raytron.data.batch import Batch, TokenStream
+from raytron.data.prefetch import PrefetchStream
+from raytron.data.run_data import open_run_data
 from raytron.observe.trace import Tracer
 from raytron.parallel.mesh import Mesh
 from raytron.plan.plan import Plan
 from raytron.training.trainer import Trainer
 
 
-def evaluates(config: RunConfig, data: Dataset) -> bool:
-    """Whether a run evaluates: it is asked to, and a validation sample exists."""
-    return config.evaluate.batches > 0 and data.tokens("validation") > config.sequence_length
-
-
 def open_trainer(plan: Plan, mesh: Mesh, dataset: Path, hook: Hook = no_hook) -> Trainer:
-    """A rank's trainer at step 0. Raises DataError where the data set can't be read or is too short.
+    """A rank's trainer at step 0. Raises DataError where a data set can't be read or is too short.
 
-    hook: told the phases of its work as they begin.
+    dataset: the folder of the run's data set; a blend names its own. hook: told the phases of its work as they begin.
     """
-    config, data = plan.config, open_dataset(dataset)
-    apart = config.data.document_mask
-    stream = ShardStream(data, "train", config.sequence_length, config.seed, documents=apart)
-    validation = None
-    if evaluates(config, data):
-        validation = ShardStream(data, "validation", config.sequence_length, documents=apart)
-    return Trainer(plan, mesh, stream, validation, data_digest=data.hash, tracer=Tracer.wanted(plan, mesh), hook=hook)
+    data = open_run_data(plan.config, dataset)
+    facts = {"data": data.recipe.hash, **({"data_recipe": data.recipe.facts()} if plan.config.data.blend else {})}
+    tracer, stream = Tracer.wanted(plan, mesh), _read_ahead(plan.config, data.train(), mesh)
+    return Trainer(plan, mesh, stream, data.validation(), data_facts=facts, tracer=tracer, hook=hook)
+
+
+def _read_ahead(config: RunConfig, stream: TokenStream, mesh: Mesh) -> TokenStream:
+    """A stream whose next batches are read beside the steps, as many as `data.prefetch` says."""
+    if not config.data.prefetch:
+        return stream
+    keep = pinned if mesh.device.type == "cuda" else None
+    return PrefetchStream(stream, config.data.prefetch, config.batch_size_at, keep)
+
+
+def pinned(batch: Batch) -> Batch:
+    """A batch in page-locked memory, from which a copy to a device goes on beside other work. Needs CUDA; not run yet."""
+    return Batch(*(None if part is None else _pinned(part) for part in batch))  # type: ignore[arg-type]
+
+
+def _pinned(part: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(part).pin_memory().numpy()

@@ -11,7 +11,8 @@
             controller.json  how to reach the run while it lives
 
 A run may go on with more steps, on another mesh, with other cadences. What changes the result may not change, unless
-`resume.allow` names it: model, data, seed, batch, optimizer, learning rate.
+`resume.allow` names it: model, data, seed, batch, optimizer, learning rate. A blend may get other stages and more sources
+where no sample that the run has read becomes another one (`raytron.data.recipe`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ from raytron.errors import ConfigError, Problem
 MAY_CHANGE = (
     "steps", "name", "run_dir", "micro_batch_size", "mesh.*", "pipeline.*", "data_parallel.*", "memory.*", "checkpoint.*",
     "evaluate.*", "guard.*", "observe.*", "cluster.*", "recovery.*", "elastic.*", "resume.*",
+    "data.blend", "data.blend_block", "data.stages", "data.validation", "data.prefetch", "data.tokenizer.backend",
+)  # fmt: skip
+TOLD_BY_RECIPE = (  # of a blend: which samples it names is compared with the checkpoint's recipe, not key by key
+    "data.dataset", "data.sources", "data.format", "data.text_key", "data.messages_key", "data.chat_template",
+    "data.metadata_keys", "data.on_bad_record", "data.validation_fraction", "data.shard_mb", "data.max_mb",
+    "data.tokenizer.*",
 )  # fmt: skip
 
 
@@ -123,10 +130,16 @@ def settle(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
     Steps to be traced that are past are forgotten where the schedule is `auto`, which then measures the next ones.
     A run that has committed no generation yet has nothing to go on with: it may begin anew in any way.
     """
-    config = config.replace(run_dir=str(Path(config.run_dir).expanduser().absolute()))
+    config = config.replace(run_dir=_absolute(config.run_dir))
     stated = config.checkpoint.directory
     if stated is not None and scheme_of(stated) is None:
-        config = config.replace(**{"checkpoint.directory": str(Path(stated).expanduser().absolute())})
+        config = config.replace(**{"checkpoint.directory": _absolute(stated)})
+    config = config.replace(
+        **{
+            f"data.{key}": [{**to_mapping(each), "dataset": _absolute(each.dataset)} for each in entries]
+            for key, entries in (("blend", config.data.blend), ("validation", config.data.validation))
+        }
+    )
     directory = RunDirectory.of(config)
     newest = directory.newest()
     try:
@@ -144,7 +157,8 @@ def settle(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
 def differences(before: RunConfig, now: RunConfig) -> list[Problem]:
     """Each key that differs between the configuration of a run directory and another one, and may not."""
     old, new = flatten(to_mapping(before)), flatten(to_mapping(now))
-    allowed = (*MAY_CHANGE, *now.resume.allow, *(f"{key}.*" for key in now.resume.allow))
+    told = TOLD_BY_RECIPE if now.data.blend else ()
+    allowed = (*MAY_CHANGE, *told, *now.resume.allow, *(f"{key}.*" for key in now.resume.allow))
     return [
         Problem(
             key,
@@ -154,6 +168,11 @@ def differences(before: RunConfig, now: RunConfig) -> list[Problem]:
         for key in new
         if old[key] != new[key] and not any(fnmatchcase(key, pattern) for pattern in allowed)
     ]
+
+
+def _absolute(path: str) -> str:
+    """A place on the disk as every process finds it; nothing stays nothing."""
+    return str(Path(path).expanduser().absolute()) if path.strip() else path
 
 
 def replace_text(path: Path, text: str) -> None:

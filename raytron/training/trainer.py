@@ -6,8 +6,9 @@ consumed samples. Random numbers need no state, since they are a function of the
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +22,12 @@ from raytron.checkpoint.sources import MemoryGeneration
 from raytron.checkpoint.store import Hook, no_hook
 from raytron.config import to_mapping
 from raytron.data.batch import Batch, TokenStream, part_of
+from raytron.data.run_data import ValidationSet
 from raytron.errors import CheckpointError, ConfigError, Problem
 from raytron.observe.busy import BusyClock
 from raytron.observe.records import Record
 from raytron.observe.replicas import Check
+from raytron.observe.result import NAMED
 from raytron.observe.trace import Tracer
 from raytron.optim.lr import learning_rate
 from raytron.parallel.layout import Slice
@@ -46,28 +49,32 @@ class Started(NamedTuple):
     sequences: int
     loss_scale: float
     seconds: float
+    data_wait_s: float  # of those, until its samples were there
     saving: Phase  # of the checkpoint under way when the step began
     replicas: Check | None  # of the state before it
 
 
 class Trainer:
-    """A rank of one mesh over a training stream and, for evaluation, a validation stream."""
+    """A rank of one mesh over a training stream and, for evaluation, validation sets."""
 
     def __init__(
         self,
         plan: Plan,
         mesh: Mesh,
         stream: TokenStream,
-        validation: TokenStream | None = None,
+        validation: TokenStream | Sequence[ValidationSet] | None = None,
         *,
         data_digest: str = "",
+        data_facts: Record | None = None,
         tracer: Tracer | None = None,
         hook: Hook = no_hook,
     ):
-        """hook: told the phases of a step (forward, all-reduce, optimizer), of a save and of a load as they begin, and when
-        a state has come from memory (restored)."""
-        self.plan, self.mesh, self.stream, self.validation = plan, mesh, stream, validation
-        self.data_digest, self._hook, self.phase = data_digest, hook, ""
+        """validation: one stream, or named sets. data_facts: what checkpoints tell of the data; None: data_digest.
+        hook: told the phases of a step (forward, all-reduce, optimizer), of a save and of a load as they begin, and when a
+        state has come from memory (restored)."""
+        self.plan, self.mesh, self.stream = plan, mesh, stream
+        self.validation = _sets(validation)
+        self.data_facts, self._hook, self.phase = data_facts or {"data": data_digest}, hook, ""
         self.tracer = tracer
         self.clock = BusyClock(mesh, tracer)
         self.engine = Engine(plan, mesh, self.clock.watch, self.hook)
@@ -100,7 +107,9 @@ class Trainer:
         self.phase = "samples"
         config, check = self.plan.config, self._compare_replicas()
         sequences = config.batch_size_at(self.consumed)
+        begin = time.perf_counter()
         batch = self._share(self.stream, self.consumed, sequences)
+        waited = time.perf_counter() - begin
         lr = learning_rate(config.lr, config.lr_horizon, self.step)
         every, used_scale = config.observe.layer_norms, self.engine.loss_scale.value
         wanted = every is not None and (self.step + 1) % every == 0
@@ -112,7 +121,7 @@ class Trainer:
         self.step += 1
         if self.tracer is not None:
             self.tracer.finish()
-        started = Started(self.step, lr, sequences, used_scale, self.clock.seconds, saving, check)
+        started = Started(self.step, lr, sequences, used_scale, self.clock.seconds, waited, saving, check)
         if self.at_once is None:
             self._replicate(result, started)
         self._started.append(started._replace(seconds=self.clock.end(self.step)))
@@ -172,6 +181,7 @@ class Trainer:
             "lr": started.lr,
             "tokens": result.tokens,
             "step_time_s": started.seconds,
+            "data_wait_s": started.data_wait_s,
             "tokens_per_s": result.tokens / started.seconds,
             "request": result.request & ~WRITING,
         }
@@ -193,16 +203,25 @@ class Trainer:
         return record | norms | result.metrics
 
     def evaluate(self) -> Record:
-        """Mean loss in nats over the fixed validation batches; needs a validation stream."""
-        assert self.validation is not None
+        """Mean loss in nats over the fixed validation batches, `validation_loss`; needs a validation stream. Of several sets
+        it is the mean of their losses by their shares, and `validation_loss/NAME` is that of each."""
+        assert self.validation, "no validation set"
         assert not self._started, "settle first"
+        losses = {each.name: self._validation_loss(each.stream) for each in self.validation}
+        main = sum(each.share * losses[each.name][0] for each in self.validation if each.share)
+        record: Record = {"step": self.step, "validation_loss": main, "tokens": sum(n for _, n in losses.values())}
+        if len(losses) > 1 or self.plan.config.data.validation:
+            record |= {f"{NAMED}{name}": loss for name, (loss, _) in losses.items()}
+        return record
+
+    def _validation_loss(self, stream: TokenStream) -> tuple[float, int]:
+        """Mean loss over the first batches of a stream, and how many tokens counted in it."""
         config, loss, tokens = self.plan.config, 0.0, 0
         for index in range(config.evaluate.batches):
             size = config.global_batch_size
-            batch = self._share(self.validation, index * size, size)
-            added, counted = self.engine.evaluate(batch)
+            added, counted = self.engine.evaluate(self._share(stream, index * size, size))
             loss, tokens = loss + added, tokens + counted
-        return {"step": self.step, "validation_loss": loss / max(1, tokens), "tokens": tokens}
+        return loss / max(1, tokens), tokens
 
     def _share(self, stream: TokenStream, first: int, count: int) -> Batch:
         """This rank's micro-batches of the samples [first, first + count)."""
@@ -228,7 +247,7 @@ class Trainer:
             "guard": self.engine.guard.facts(),
             "lr": learning_rate(self.plan.config.lr, self.plan.config.lr_horizon, at.step),
             "seed": self.plan.config.seed,
-            "data": self.data_digest,
+            **self.data_facts,
             "mesh": str(self.mesh.shape),
             "config": to_mapping(self.plan.config),
         }
@@ -374,3 +393,11 @@ class Trainer:
             facts = gather.load(self.state(), generation, node, fetch, self.mesh.control)
             self._go_on(facts)
         self.hook("restored")
+
+
+def _sets(validation: TokenStream | Sequence[ValidationSet] | None) -> tuple[ValidationSet, ...]:
+    if validation is None:
+        return ()
+    if isinstance(validation, Sequence):
+        return tuple(validation)
+    return (ValidationSet("validation", validation, 1.0),)

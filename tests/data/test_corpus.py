@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytron.data import corpus as corpus_module
-from raytron.data.corpus import Corpus, documents, resolve, sample
+from raytron.data import records as records_module
+from raytron.data.corpus import Corpus, resolve, sample
+from raytron.data.records import Fields, documents
 from raytron.errors import ConfigError, DataError
 
 
 def read(corpus: Corpus) -> list[str]:
-    return [text for unit in corpus.units for text in documents(unit, corpus.text_key)]
+    return [text for unit in corpus.units for text in documents(unit, corpus.fields.key)]
 
 
 def write_jsonl(path: Path, texts: list[str | None]) -> None:
@@ -58,8 +60,11 @@ def test_cutting_a_file_in_units_changes_no_document(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_module, "UNIT_BYTES", unit)
         assert read(resolve([f"{folder}/a.jsonl"])) == whole_lines
-        cut = [text for one in resolve([f"{folder}/b.txt"]).units for text in corpus_module._read_text(one, "")]
-    assert "".join(cut) == whole_text
+        for window in (8, 2**20):  # in which a line end is looked for
+            patch.setattr(records_module, "WINDOW_BYTES", window)
+            units = resolve([f"{folder}/b.txt"]).units
+            cut = [found.text for one in units for found in records_module.READERS["text"](one, Fields())]
+            assert "".join(cut) == whole_text
 
 
 def test_parquet_is_cut_between_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_a_manifest_that_was_edited_is_refused(dataset: Dataset) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "has format version 2; this Raytron reads version 1"),
+        ({"version": 3}, "has format version 3; this Raytron reads versions 1 and 2"),
         ({"format": "else"}, "is not the manifest of a data set"),
         ({"vocab": "many"}, "a key is missing or of a wrong type: vocab is 'many'"),
         ({"shards": [{"path": "a"}]}, "a key is missing or of a wrong type"),

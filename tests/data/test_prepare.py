@@ -12,13 +12,15 @@ import pytest
 from raytron.config import DataConfig, RunConfig, TokenizerConfig
 from raytron.data import tokenize
 from raytron.data.check import data_problems
-from raytron.data.compact import Part, compact
+from raytron.data.compact import compact
 from raytron.data.corpus import resolve
+from raytron.data.parts import Part, is_validation
 from raytron.data.prepare import ensure_dataset, prepare
 from raytron.data.shard_file import offsets_of, read_shard, write_shard
 from raytron.data.shards import open_dataset
 from raytron.data.stream import ShardStream
-from raytron.data.tokenize import Job, group_units, is_validation, tokenize_group
+from raytron.data.task import Job, tokenize_group
+from raytron.data.tokenize import group_units
 from raytron.data.tokenizer import Tokenizer, train_tokenizer
 from raytron.errors import ClusterError, ConfigError, DataError
 
@@ -98,9 +100,9 @@ def test_progress_rises_and_other_tasks_give_the_same_bytes(
 @pytest.mark.parametrize("group_bytes", [1, 3000, 10**9])
 def test_task_groupings_do_not_change_the_shards(prepared: Path, text: Path, tmp_path: Path, group_bytes: int) -> None:
     job = Job(str(tmp_path), str(prepared / "tokenizer.json"), TOKENIZER.eod, "text", 0.2)
-    parts = []
+    parts: list[Part] = []
     for number, units in enumerate(group_units(resolve([str(text)]).units, group_bytes)):
-        parts += [Part(*values) for values in tokenize_group(number, units, job)[0]["parts"]]
+        parts += tokenize_group(number, units, job)[0].parts
     compact(tmp_path, parts, 10**6, 0.2)
     for entry in open_dataset(prepared).manifest.shards:
         assert (tmp_path / entry.path).read_bytes() == (prepared / entry.path).read_bytes()
@@ -229,7 +231,7 @@ def test_parts_are_joined_until_a_shard_is_full(tmp_path: Path) -> None:
     assert second.tokens.tolist() == [3, 3, 0, 3, 0, 4, 4, 0, 4, 0]
     assert second.offsets.tolist() == [0, 3, 5, 8, 10]
     assert second.doc_ids.tolist() == [30, 31, 40, 41]
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 3 + len(parts)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from making import make_dataset, write_entry
 from raytron.data.batch import document_positions, document_starts
 from raytron.data.manifest import write_manifest
 from raytron.data.order import ShuffledOrder
+from raytron.data.reader import ChopReader
 from raytron.data.shards import Dataset
 from raytron.data.stream import ShardStream
 from raytron.errors import DataError
@@ -116,10 +117,12 @@ def test_too_few_tokens_say_what_would_fit(dataset: Dataset) -> None:
 
 
 def test_few_shards_stay_open(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raytron.data.stream.MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("raytron.data.open_shards.MAX_OPEN_SHARDS", 1)
     stream = ShardStream(dataset, "train", LENGTH)
     assert len(set(stream.batch(0, 25).tokens[:, 0].tolist())) == 25
-    assert len(stream._open) == 1
+    (reader,) = stream.readers
+    assert isinstance(reader, ChopReader)
+    assert len(reader.shards._open) == 1
 
 
 def test_an_id_beyond_the_vocabulary_names_its_shard(tmp_path: Path) -> None:

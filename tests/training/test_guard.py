@@ -91,7 +91,8 @@ def same(one, other):
 
 def untimed(records):
     return [
-        {k: v for k, v in record.items() if k not in ("step_time_s", "tokens_per_s", "rerun")} for record in records
+        {k: v for k, v in record.items() if k not in ("step_time_s", "data_wait_s", "tokens_per_s", "rerun")}
+        for record in records
     ]
 
 

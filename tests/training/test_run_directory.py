@@ -173,3 +173,26 @@ def test_a_directory_in_which_another_process_runs_is_occupied(tmp_path):
     gone.wait()
     directory.write_controller({"host": socket.gethostname(), "pid": gone.pid})
     assert occupied(directory) == []
+
+
+def test_data_sets_of_a_blend_and_to_validate_on_get_absolute_places(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blend = [{"dataset": "web", "weight": 0.5}, {"dataset": "/code", "weight": 0.5}]
+    held = [{"name": "held", "dataset": "held"}, {"name": "none"}]
+    settled, _ = settle(config.replace(**{"data.blend": blend, "data.validation": held}))
+    assert [source.dataset for source in settled.data.blend] == [str(tmp_path / "web"), "/code"]
+    assert [each.dataset for each in settled.data.validation] == [str(tmp_path / "held"), ""]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"data.validation": [{"name": "a", "dataset": "a"}]}, []),
+        ({"data.blend": [{"dataset": "a"}], "data.blend_block": 64}, []),  # the recipe of the checkpoint tells
+        ({"data.blend": [{"dataset": "a"}], "data.document_mask": True}, ["data.document_mask"]),
+        ({"data.dataset": "a"}, ["data.dataset"]),
+    ],
+    ids=str,
+)
+def test_which_samples_a_blend_names_is_not_told_key_by_key(begun, overrides, told):
+    assert changed(begun, **overrides) == told
