@@ -48,7 +48,7 @@ def test_noise_flags_nobody_in_500_steps(seed, ranks):
     assert watch((noise.step(number, ranks) for number in range(500)), ranks) == []
 
 
-@settings(max_examples=60, derandomize=True)  # a claim about noise: one seed in some ten thousand misses it by a step
+@settings(max_examples=60, derandomize=True)  # a claim about noise, which a rare seed misses by a step
 @given(st.integers(0, 10**6), st.integers(0, RANKS - 1), st.floats(2.0, 20.0), st.sampled_from([0.05, 0.3, 5.0]))
 def test_half_speed_is_flagged_within_ten_steps_and_forgiven_after(seed, slow, factor, base_s):
     noise = Noise(seed, base_s)
