@@ -313,6 +313,8 @@ class DataConfig:
     document_mask: bool = False  # attention does not cross the end of a document, and positions begin anew after it
     objective: Literal["causal", "masked", "span_corruption"] = "causal"  # what a sample asks of the model
     fim: FimConfig = field(default_factory=FimConfig)
+    # direct: each worker reads memory maps of local shards, byte ranges of remote ones; ray_data: tasks of Ray Data read
+    feed: Literal["direct", "ray_data"] = "direct"
     prefetch: int = 2  # steps whose samples are read ahead, in a thread of each worker; 0: none
     validation_fraction: float = 0.02  # share of documents, chosen by hash, kept for evaluation
     shard_mb: float = 256.0  # size of an Arrow shard in MiB of tokens

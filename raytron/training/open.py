@@ -10,8 +10,9 @@ import torch
 from raytron.checkpoint.store import Hook, no_hook
 from raytron.config import RunConfig
 from raytron.data.batch import Batch, TokenStream
+from raytron.data.feed import RayDataStream
 from raytron.data.prefetch import PrefetchStream
-from raytron.data.run_data import open_run_data
+from raytron.data.run_data import RunData, open_run_data
 from raytron.observe.trace import Tracer
 from raytron.parallel.mesh import Mesh
 from raytron.plan.plan import Plan
@@ -25,8 +26,13 @@ def open_trainer(plan: Plan, mesh: Mesh, dataset: Path, hook: Hook = no_hook) ->
     """
     data = open_run_data(plan.config, dataset)
     facts = {"data": data.recipe.hash, **({"data_recipe": data.recipe.facts()} if plan.config.data.blend else {})}
-    tracer, stream = Tracer.wanted(plan, mesh), _read_ahead(plan.config, data.train(), mesh)
+    tracer, stream = Tracer.wanted(plan, mesh), _read_ahead(plan.config, _training(data), mesh)
     return Trainer(plan, mesh, stream, data.validation(), data_facts=facts, tracer=tracer, hook=hook)
+
+
+def _training(data: RunData) -> TokenStream:
+    """The training samples, by the way that `data.feed` names."""
+    return RayDataStream(data, data.config.batch_size_at) if data.config.data.feed == "ray_data" else data.train()
 
 
 def _read_ahead(config: RunConfig, stream: TokenStream, mesh: Mesh) -> TokenStream:

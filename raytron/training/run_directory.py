@@ -33,7 +33,8 @@ from raytron.errors import ConfigError, Problem
 MAY_CHANGE = (
     "steps", "name", "run_dir", "micro_batch_size", "mesh.*", "pipeline.*", "data_parallel.*", "memory.*", "checkpoint.*",
     "evaluate.*", "guard.*", "observe.*", "cluster.*", "recovery.*", "elastic.*", "resume.*",
-    "data.blend", "data.blend_block", "data.stages", "data.validation", "data.prefetch", "data.tokenizer.backend",
+    "data.blend", "data.blend_block", "data.stages", "data.validation", "data.prefetch", "data.feed",
+    "data.tokenizer.backend",
 )  # fmt: skip
 TOLD_BY_RECIPE = (  # of a blend: which samples it names is compared with the checkpoint's recipe, not key by key
     "data.dataset", "data.sources", "data.format", "data.text_key", "data.messages_key", "data.chat_template",

@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 from making import make_dataset
+from test_remote_sources import s3 as s3
 
 from raytron.config import RunConfig, load
 from raytron.data import files
@@ -180,3 +181,16 @@ def test_a_footer_that_is_long_is_read_by_more_bytes(remote: Dataset, monkeypatc
 def test_a_url_is_one_with_one_slash_too() -> None:
     assert url_of("s3://bucket/a/") == url_of(Path("s3://bucket/a")) == "s3://bucket/a"
     assert url_of("/data/a") is url_of("a/b") is url_of("file:///a") is None
+
+
+def test_a_data_set_in_a_bucket(s3: str, local: Dataset, tmp_path: Path) -> None:
+    store, url = fsspec.filesystem("s3"), f"{s3}/tokens"
+    for path in local.path.iterdir():
+        store.pipe_file(f"{url}/{path.name}", path.read_bytes())
+    remote = open_dataset(Path(url))
+    changes = {"data.packing": "best_fit"}
+    mine, other = (open_stream(configured("x", tmp_path, **changes), each, "train") for each in (remote, local))
+    batches = mine.batch(0, 40), other.batch(0, 40)
+    assert all(np.array_equal(one, another) for one, another in zip(*batches, strict=True))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"s3://texts/absent: is no data set"):
+        open_dataset("s3://texts/absent")
