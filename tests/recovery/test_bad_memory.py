@@ -25,7 +25,12 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
+ALWAYS = ("numbers that are bad in all runs of a step", "replicas that differ")  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in ALWAYS else pytest.param(case, marks=pytest.mark.slow) for case in BAD]
+)
 def test_bad_memory_is_demoted(begin, undisturbed, case):
     fault, changes, why = BAD[case]
     run = begin("kill rank 0 in the forward of step 7", fault, **FROM, **changes)
@@ -39,6 +44,7 @@ def test_bad_memory_is_demoted(begin, undisturbed, case):
     assert story.result.restarts == 2
 
 
+@pytest.mark.slow
 def test_memory_whose_reading_kills_is_demoted_before_the_run_is_given_up(begin, undisturbed):
     run = begin(
         "kill rank 0 in the forward of step 7", "kill rank 1 in every restored", **{**FROM, "recovery.spares": 3}

@@ -47,6 +47,7 @@ def test_killed_ranks_are_replaced(begin, undisturbed, case):
     )
 
 
+@pytest.mark.slow
 def test_all_ranks_die_at_once_and_no_spare_waits(begin, undisturbed):
     run = begin("kill rank 0 in the forward of step 6", "kill rank 1 in the forward of step 6", **TWO)
     story = told(run, run.wait(timeout_s=WAIT_S))
@@ -55,7 +56,7 @@ def test_all_ranks_die_at_once_and_no_spare_waits(begin, undisturbed):
     assert sources(story) == {"memory"}
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_what_only_the_dead_rank_held_comes_out_of_its_memory(begin, undisturbed, zero):
     changes = {**TWO, "data_parallel.zero": zero}
     run = begin(
@@ -69,7 +70,7 @@ def test_what_only_the_dead_rank_held_comes_out_of_its_memory(begin, undisturbed
     assert sources(story) == {"memory"}
 
 
-@pytest.mark.parametrize("axis", ["pp", "tp"])
+@pytest.mark.parametrize("axis", ["pp", pytest.param("tp", marks=pytest.mark.slow)])
 def test_a_part_of_the_model_comes_out_of_the_dead_ranks_memory(begin, undisturbed, axis):
     changes = {f"mesh.{axis}": 2, "steps": 12}
     run = begin(
@@ -97,6 +98,7 @@ def test_without_memory_a_run_goes_on_from_disk(begin, undisturbed):
     assert story.result.restarts == 2
 
 
+@pytest.mark.slow
 def test_memory_of_every_second_step_gives_the_newest_whole_one(begin, undisturbed):
     run = begin("kill rank 1 in the forward of step 8", **TWO, **{"recovery.spares": 1, "recovery.memory_every": 2})
     story = told(run, run.wait(timeout_s=WAIT_S))

@@ -28,6 +28,7 @@ def test_it_is_retried_with_more_recomputation_to_the_same_end(begin, undisturbe
     assert load(run.run_dir / "config.yaml").memory.recompute == "full", "whoever resumes the run needs it, too"
 
 
+@pytest.mark.slow
 def test_it_is_retried_once_alone(begin):
     """From none to selective, which is not enough here."""
     run = begin(FULL_AT_3, **TWO, **{"recovery.on_out_of_memory": "recompute"})
