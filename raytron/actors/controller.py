@@ -272,8 +272,9 @@ class Controller:
         path = source.path if isinstance(source, Generation) else None
         node = gang.facts[rank].node_id
         folder = Path(self.memory.folders[node]) if self.memory.on else None
+        dataset = Path(data.sources[0].name)
         return Orders(
-            plan, rank, self._epoch, where, data.sources[0].path, path, gang.device, gang.neighbours(rank), node, folder,
+            plan, rank, self._epoch, where, dataset, path, gang.device, gang.neighbours(rank), node, folder,
             self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)), gang.seats,
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ import ray
 from numpy.typing import NDArray
 
 from raytron.data.batch import Batch, TokenStream, part_of
-from raytron.data.run_data import RunData
+from raytron.data.run_data import RunData, open_run_data
 from raytron.errors import DataError, Problem
 
 WINDOW = 128  # requests of one execution: what can be read ahead at most
@@ -119,6 +119,7 @@ def _read(items: Mapping[str, NDArray[Any]], source: list[Any], key: str) -> dic
     """A task: the samples of one request. source: a reference to the RunData, in a list, so that it is not fetched anew."""
     if key not in _STREAMS:
         _STREAMS.clear()
-        _STREAMS[key] = ray.get(source[0]).train()
+        data: RunData = ray.get(source[0])
+        _STREAMS[key] = open_run_data(data.config, data.sources[0].name).train()  # as it is seen from this node
     batch = _STREAMS[key].batch(int(items["first"][0]), int(items["count"][0]))
     return {name: part for name, part in batch._asdict().items() if part is not None}

@@ -25,6 +25,7 @@ from raytron.data.parts import Splits
 from raytron.data.prepare import prepare
 from raytron.data.shard_file import read_shard
 from raytron.data.shards import Dataset, open_dataset
+from raytron.data.stream import open_stream
 from raytron.data.tokenizer import Tokenizer
 from raytron.errors import ConfigError, DataError
 from raytron.rules import problems
@@ -205,6 +206,32 @@ def test_a_tokenizer_is_trained_on_conversations(local_ray: None, tmp_path: Path
     dataset = open_dataset(prepare(data, tmp_path / "data"))
     trained = Tokenizer(dataset.tokenizer, EOD)
     assert held(dataset) == sorted(tokens_and_spans(one["messages"], trained, CHATML) for one in talks(40))
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "pad"])
+def test_of_packed_conversations_the_assistant_is_learned(
+    local_ray: None, tokenizer: Tokenizer, tmp_path: Path, packing: str
+) -> None:
+    """From messages to the labels of an epoch: those in spans, each once, and no others."""
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(one) for one in talks(40)))
+    data = DataConfig(
+        sources=(f"{tmp_path}/a.jsonl",), format="chat", validation_fraction=0.3,
+        tokenizer=TokenizerConfig(path=str(tokenizer.path)),
+    )  # fmt: skip
+    dataset = open_dataset(prepare(data, tmp_path / "data"))
+    longest = max(len(tokens) for tokens, _ in held(dataset))
+    changes = {"sequence_length": 3 * longest, "data.packing": packing, "data.too_long": "drop"}
+    stream = open_stream(RunConfig().replace(**changes), dataset, "train")
+    batch = stream.batch(0, stream.samples_per_epoch)
+    learned = []
+    for entry in dataset.entries("train"):
+        shard = dataset.read(entry)
+        for number, flat in enumerate(shard.columns["loss_spans"].to_pylist()):
+            document = shard.tokens[shard.offsets[number] : shard.offsets[number + 1]].tolist()
+            learned += [token for at in range(0, len(flat), 2) for token in document[flat[at] : flat[at + 1]]]
+    assert learned
+    assert sorted(batch.labels[batch.weights > 0].tolist()) == sorted(learned)
+    assert (batch.weights > 0).sum() < (batch.labels != dataset.eod).sum() / 2
 
 
 def test_spans_are_cut_with_their_document(tmp_path: Path) -> None:
