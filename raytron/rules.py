@@ -783,6 +783,9 @@ def _objective(config: RunConfig) -> Iterator[Problem]:
         what = f"{wanted} asks for attention to both sides; the models here are causal decoders"
         module = {"masked": "raytron.data.masked", "span_corruption": "raytron.data.corruption"}[wanted]
         yield Problem("data.objective", what, f"use causal, or make such samples for another model with {module}")
+    if config.data.format == "preference":
+        what = "a causal model would learn the rejected side of each pair like the chosen one"
+        yield Problem("data.format", what, "train on text or chat; raytron tokenize makes data sets of pairs")
 
 
 def _fill_in_the_middle(config: RunConfig) -> Iterator[Problem]:

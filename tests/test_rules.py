@@ -24,6 +24,7 @@ EXPERTS = {"model.experts.count": 8}
 HALVES = [{"dataset": "a", "weight": 0.5}, {"dataset": "b", "weight": 0.5}]
 CASES = [
     ({"data.objective": "masked"}, "data.objective", "attention to both sides", "use causal, or make such samples"),
+    ({"data.format": "preference"}, "data.format", "learn the rejected side", "train on text or chat"),
     ({"data.fim.spm_rate": 0.2}, "data.fim.spm_rate", "0.2 has no effect", "set data.fim.rate"),
     (
         {"data.fim.rate": 0.5, "data.fim.prefix": "<|fim_suffix|>", "data.dataset": "tokens"},

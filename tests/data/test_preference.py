@@ -132,4 +132,4 @@ def test_pairs_need_their_columns(tmp_path: Path) -> None:
     found = data_problems(RunConfig(run_dir=str(tmp_path / "run"), data=data))
     assert [(one.where, "no column 'rejected'" in one.what) for one in found] == [("data.format", True)]
     kept = RunConfig(data=DataConfig(format="preference", metadata_keys=("prompt",)))
-    assert [one.where for one in problems(kept)] == ["data.metadata_keys"]
+    assert [one.where for one in problems(kept)] == ["data.format", "data.metadata_keys"]
