@@ -233,7 +233,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], None], name: str = "me
         reseal(path, lambda c: c.update(metadata={"size": len(data), "digest": digest_bytes(data)}), "COMMIT")
     else:
         body.pop("seal", None)
-        (path / name).write_bytes(json.dumps({**body, "seal": digest_bytes(canonical(body))}).encode())
+        (path / name).write_bytes(canonical({**body, "seal": digest_bytes(canonical(body))}))
 
 
 def canonical(body: object) -> bytes:
@@ -374,6 +374,15 @@ def test_bytes_that_are_no_metadata(data: bytes) -> None:
     for parse in (parse_commit, parse_records, parse_loss):
         with pytest.raises(CheckpointError, match="some/where"):
             parse(Path("some/where"), data)
+
+
+def test_another_text_of_the_same_number_is_damage(tmp_path: Path) -> None:
+    commit = make(tmp_path, 1) / "COMMIT"
+    data = commit.read_bytes()
+    time = json.loads(data)["time"]
+    commit.write_bytes(data.replace(repr(time).encode(), f"{time:.12f}".encode()))
+    with pytest.raises(CheckpointError, match="seal"):
+        open_generation(commit.parent)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
