@@ -217,7 +217,8 @@ def left_node(
     """As `came_back`; after a notice `stall_s` is what training stood still for."""
     after = [event for event in events if event["time"] >= fault]
     if what == "kill":
-        return came_back(fault, math.inf, step, events, began)
+        again = sum(event["last"] - event["first"] + 1 for event in after if event["event"] == "redo")
+        return {**came_back(fault, math.inf, step, events, began), "redone_steps": again}
     seen = next(event for event in after if event["event"] == "notice")
     mesh = next(event for event in after if event["event"] == "mesh")
     ready = next(event for event in after if event["event"] == "workers")
@@ -329,9 +330,10 @@ def at(ordered: Sequence[float], share: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--node-trials", type=int, help="of lost and leaving nodes; else as many as of the others")
     parser.add_argument("--without-ray-train", action="store_true")
     arguments = parser.parse_args()
-    trials, started = arguments.trials, os.getloadavg()[0]
+    trials, node_trials, started = arguments.trials, arguments.node_trials or arguments.trials, os.getloadavg()[0]
     ray.init(
         address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
         _system_config={"preload_python_modules": ["torch"]},
@@ -348,8 +350,8 @@ def main() -> None:
         if not arguments.without_ray_train:
             runs["Ray Train, SIGKILL"] = ray_train_run(folder / "peer", trials)
         ray.shutdown()
-        runs["a node is lost, with a spare"] = fleet_run(folder, dataset, "kill", trials)
-        runs["a node leaves with a notice"] = fleet_run(folder, dataset, "drain", trials)
+        runs["a node is lost, with a spare"] = fleet_run(folder, dataset, "kill", node_trials)
+        runs["a node leaves with a notice"] = fleet_run(folder, dataset, "drain", node_trials)
     result: dict[str, Any] = {"context": context(load_average_before=round(started, 2)), "runs": runs}
     kill = runs["SIGKILL, with a spare"]
     if "Ray Train, SIGKILL" in runs:

@@ -76,7 +76,10 @@ class Moves:
             return None
         self._looked = now
         self.gang.settle()
-        return self._avoid(plan) or self._grow(plan, now)
+        wanted = self._avoid(plan) or self._grow(plan, now)
+        if wanted is None and self._growing is None and self.config.recovery.spares:  # those that had no room before
+            self.gang.start(plan.mesh.world + self.config.recovery.spares, self.witness, wait=False)
+        return wanted
 
     # ---- a node is about to leave
 
