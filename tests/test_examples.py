@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 SMALL = ["run", "data.max_mb=1", "data.tokenizer.train_mb=1"]  # a run directory and overrides, for those that train
+LONG = ("04", "05")  # what they show is tested elsewhere, too
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
@@ -15,7 +16,11 @@ def test_there_are_eight():
     assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03", "04", "05", "06", "07", "08"]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.name.startswith(LONG) else []) for path in EXAMPLES],
+    ids=lambda path: path.stem,
+)
 def test_runs(example, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(

@@ -46,6 +46,7 @@ def test_a_run_on_a_blend_tells_its_epochs_and_each_validation_loss(tmp_path, da
     assert len(generation.facts["data"]) == 64
 
 
+@pytest.mark.slow
 def test_a_blend_goes_on_with_a_later_stage_and_not_with_other_weights(tmp_path, dataset, digits):
     """Eight samples are read; what comes after them may change."""
     train(load({**TINY, "name": "one", "run_dir": str(tmp_path / "run"), "steps": 2, "data": {"dataset": str(dataset)}}),

@@ -57,6 +57,7 @@ def losses(tmp_path, dataset, name, **data):
     return [record["loss"] for record in records], result.validation_loss
 
 
+@pytest.mark.slow
 def test_every_way_gives_the_same_samples(tmp_path, dataset, served):
     plain = losses(tmp_path, dataset, "plain", prefetch=0)
     assert losses(tmp_path, served, "served") == plain

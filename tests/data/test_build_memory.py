@@ -79,7 +79,14 @@ def one_record_batch(folder: Path) -> tuple[Path, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, where Linux tells a peak")
-@pytest.mark.parametrize("make", [text, text_of_one_line, packed_lines, giant_records, one_record_batch])
+@pytest.mark.parametrize(
+    "make",
+    [
+        text,
+        giant_records,
+        *(pytest.param(make, marks=pytest.mark.slow) for make in (text_of_one_line, packed_lines, one_record_batch)),
+    ],
+)
 def test_a_build_stays_below_a_gigabyte(tmp_path: Path, make: object) -> None:
     path, size = make(tmp_path)  # type: ignore[operator]
     (tmp_path / "parts").mkdir()
