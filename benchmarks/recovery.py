@@ -179,9 +179,10 @@ def fleet_run(folder: Path, dataset: Path, what: str, trials: int) -> dict[str, 
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": system}
     )
     nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in range(3))}
-    own = {"name": f"recovery-{what}", "run_dir": str(folder / what), "data.dataset": str(dataset), "data.sources": []}
+    name = f"node-{what}"
+    own = {"name": f"recovery-{name}", "run_dir": str(folder / name), "data.dataset": str(dataset), "data.sources": []}
     own |= {"cluster.address": cluster.address, "cluster.cpus_per_worker": 1, "recovery.spares": 1}
-    faults, drawn = Faults(["slow rank 0 in every forward"], folder / f"account-{what}"), folder / f"ledger-{what}"
+    faults, drawn = Faults(["slow rank 0 in every forward"], folder / f"account-{name}"), folder / f"ledger-{name}"
     run = launch(configured(folder, 100_000, **own), seams=Seams(open_trainer=Ledger(faults, drawn)))
     found = []
     try:

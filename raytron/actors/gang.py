@@ -36,6 +36,7 @@ from raytron.training.open import open_trainer
 
 PATIENCE_S = 10.0  # before a wait is explained
 POLL_S = 0.5
+ROOM_S = 3.0  # for a place that is free
 ATTEMPTS = 3  # for a worker to start
 
 Say = Callable[..., None]  # (kind of event, message, **facts)
@@ -279,10 +280,17 @@ class Gang:
             placement_group(bundles, "PACK", f"raytron/{self.run}/group-{secrets.token_hex(4)}", "detached")
             for bundles in asked
         ]
-        self._groups += groups
         wanted = [bundle for bundles in asked for bundle in bundles]
         calls = [group.ready() for group in groups]
-        self._wait(calls, "no room on the cluster", lambda: placement.missing(wanted, [node.shape for node in free()]))
+        if wait:
+            self._groups += groups
+            self._wait(calls, "no room on the cluster", lambda: placement.missing(wanted, [n.shape for n in free()]))
+        elif calls and ray.wait(calls, num_returns=len(calls), timeout=ROOM_S)[1]:
+            for group in groups:  # what was free has gone since
+                remove_placement_group(group)
+            return
+        else:
+            self._groups += groups
         address = {node["NodeID"]: node["NodeManagerAddress"] for node in living()}
         where = [[address.get(home, "") for _, home in sorted(homes(group).items())] for group in groups]
         found = placement.seats(sets, where)
