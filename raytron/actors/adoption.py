@@ -20,7 +20,7 @@ import ray
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from raytron.actors.budget import Kind
-from raytron.actors.cluster import NAMESPACE
+from raytron.actors.cluster import NAMESPACE, part_of
 from raytron.actors.gang import Member
 from raytron.actors.worker import Orders, Standing
 from raytron.observe.records import Record
@@ -81,15 +81,7 @@ def _divided(told: Sequence[tuple[Member, Standing]]) -> Heirs | None:
 def names(run: str) -> list[str]:
     """The names of all actors of a run but its controller."""
     named = ray.util.list_named_actors(all_namespaces=True)
-    begin = f"raytron/{run}/"
-    parts = ("worker-", "keeper-")
-    return [
-        actor["name"]
-        for actor in named
-        if actor["namespace"] == NAMESPACE
-        and actor["name"].startswith(begin)
-        and actor["name"][len(begin) :].startswith(parts)
-    ]
+    return [each["name"] for each in named if each["namespace"] == NAMESPACE and part_of(each["name"]) == run]
 
 
 def end_all(run: str) -> None:

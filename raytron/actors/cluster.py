@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ NAMESPACE = "raytron"
 STORE_BYTES = 512 * 2**20  # of a local Ray: descriptions travel through it, tensors don't
 AUTH_MODE = "RAY_AUTH_MODE"
 KNOCK_S = 10.0
+PART_NAME = re.compile(r"raytron/(.+)/(?:worker-\d+|keeper-[0-9a-f]+-[0-9a-f]+)")
 LOCAL_CPUS_PER_CORE, FEWEST_LOCAL_CPUS = 4, 8  # that a local Ray may say it has, for workers that share cores
 
 
@@ -96,6 +98,12 @@ def follow_auth(mode: str | None) -> None:
 def controller_name(run: str) -> str:
     """The name of a run's controller in the namespace `raytron`."""
     return f"raytron/{run}"
+
+
+def part_of(name: str) -> str | None:
+    """The run that an actor is a worker or a keeper of, by their names; None: it is neither."""
+    match = PART_NAME.fullmatch(name)
+    return None if match is None else match[1]
 
 
 def _knock(address: str) -> None:

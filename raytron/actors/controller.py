@@ -303,9 +303,7 @@ class Controller:
 
     def _open_gang(self, plan: Plan) -> None:
         self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-        self._gang = Gang(
-            self.config.name, plan, self._say, self.seams.open_trainer, lease_s=self.config.recovery.lease_s
-        )
+        self._gang = Gang(self.config.name, plan, self._say, self.seams.open_trainer)
         self._moves = Moves(self.config, self._gang, self._say, self.directory.config)
         self._moves.begin(self.config, plan)
 

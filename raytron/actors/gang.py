@@ -56,11 +56,8 @@ class Member:
 class Gang:
     """The workers of one run. `fill` makes those that are missing, `deal` gives them ranks, `drop` ends some."""
 
-    def __init__(
-        self, run: str, plan: Plan, say: Say, open_trainer: OpenTrainer = open_trainer, lease_s: float = 120.0
-    ):
-        """lease_s: how long members go on without a controller."""
-        self.run, self.plan, self.say, self.lease_s = run, plan, say, lease_s
+    def __init__(self, run: str, plan: Plan, say: Say, open_trainer: OpenTrainer = open_trainer):
+        self.run, self.plan, self.say = run, plan, say
         self.config = plan.config.cluster
         assert plan.cluster is not None
         self.device = plan.cluster.device(self.config)
@@ -129,7 +126,8 @@ class Gang:
     def start(self, count: int, witness: Path, *, wait: bool = True) -> None:
         """Makes members until there are `count`, without waiting for them to be ready. wait: for room on the cluster, else
         as many as there is room for."""
-        lacking = count - sum(member.facts is None or member in self.ready for member in self.members.values())
+        ready = {member.number for member in self.ready}
+        lacking = count - sum(member.facts is None or member.number in ready for member in self.members.values())
         if lacking > 0 and len(self._usable()) < lacking:
             self._place(lacking - len(self._usable()), wait)
         for seat in self._usable()[: max(0, lacking)]:
@@ -282,15 +280,12 @@ class Gang:
         ]
         wanted = [bundle for bundles in asked for bundle in bundles]
         calls = [group.ready() for group in groups]
-        if wait:
-            self._groups += groups
-            self._wait(calls, "no room on the cluster", lambda: placement.missing(wanted, [n.shape for n in free()]))
-        elif calls and ray.wait(calls, num_returns=len(calls), timeout=ROOM_S)[1]:
+        if not wait and calls and ray.wait(calls, num_returns=len(calls), timeout=ROOM_S)[1]:
             for group in groups:  # what was free has gone since
                 remove_placement_group(group)
             return
-        else:
-            self._groups += groups
+        self._groups += groups
+        self._wait(calls, "no room on the cluster", lambda: placement.missing(wanted, [node.shape for node in free()]))
         address = {node["NodeID"]: node["NodeManagerAddress"] for node in living()}
         where = [[address.get(home, "") for _, home in sorted(homes(group).items())] for group in groups]
         found = placement.seats(sets, where)
@@ -327,7 +322,7 @@ class Gang:
             num_gpus=1 if self.device == "cuda" else 0,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle),
-        ).remote(number, self._open_trainer, seat, controller_name(self.run), self.lease_s)
+        ).remote(number, self._open_trainer, seat, controller_name(self.run), self.plan.config.recovery.lease_s)
 
     def _check(self, members: Iterable[Member]) -> None:
         """Raises ClusterError where workers run other code, or don't see the run directory."""

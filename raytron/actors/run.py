@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import signal
 import socket
 import threading
@@ -24,7 +23,17 @@ import ray
 from raytron import presets
 from raytron.actors.adoption import end_all
 from raytron.actors.chronicle import BEGINNING, News
-from raytron.actors.cluster import AUTH_MODE, NAMESPACE, Session, connect, controller_name, follow_auth, join, own_room
+from raytron.actors.cluster import (
+    AUTH_MODE,
+    NAMESPACE,
+    Session,
+    connect,
+    controller_name,
+    follow_auth,
+    join,
+    own_room,
+    part_of,
+)
 from raytron.actors.controller import ControllerActor, Seams
 from raytron.actors.recovery import cause_of
 from raytron.actors.worker import Request
@@ -48,7 +57,6 @@ FOLLOW_S = 0.4  # between two looks at a run
 RELEASE_S = 10.0  # for the name of a run that is over to be free again
 HOME = Path("runs")  # where a run directory is looked for by the name of the run
 BACK_S = 60.0  # for a controller that died to be there again
-PART_NAME = re.compile(r"/(worker-\d+|keeper-[0-9a-f]+-[0-9a-f]+)$")
 Watcher = Callable[[News], None]
 Source = RunConfig | Path | str | Mapping[str, Any]  # a configuration, its file, a preset's name, or nested mappings
 
@@ -373,7 +381,7 @@ def _all_statuses(address: str | None) -> list[Record]:
         return [status for path in here for status in statuses(str(path))]
     try:
         actors = [actor["name"] for actor in ray.util.list_named_actors(True) if actor["namespace"] == NAMESPACE]
-        names = sorted(actor for actor in actors if not PART_NAME.search(actor))
+        names = sorted(actor for actor in actors if part_of(actor) is None)
         return [dict(ray.get(ray.get_actor(actor, NAMESPACE).status.remote(), timeout=30)) for actor in names]
     finally:
         session.close()

@@ -22,7 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raytron.data.files import Range, read_ranges
-from raytron.data.shard_file import REBUILD, Shard
+from raytron.data.shard_file import REBUILD, Shard, documents_in
 from raytron.errors import DataError, Problem
 
 ENDS_BYTES = (8 * 1024, 1024 * 1024)  # of a shard, from either end: enough for its schema and footer, or else more
@@ -116,13 +116,8 @@ class RangedShard(Shard):
         for each, data in zip(ranges, read_ranges(ranges), strict=True):
             hollow[each.start : each.stop] = data
         whole = pa.py_buffer(hollow)
-        reader = pa.ipc.open_file(pa.BufferReader(whole))
-        if reader.num_record_batches != 1:
-            raise ValueError(f"{reader.num_record_batches} record batches where there should be one")
-        rows = reader.get_batch(0)
+        rows = documents_in(whole)
         lists = rows.column("tokens")
-        if not pa.types.is_large_list(lists.type) or lists.type.value_type not in (pa.uint16(), pa.uint32()):
-            raise ValueError(f"the column `tokens` is {lists.type}, not a large list of uint16 or uint32")
         ids, width = rows.column("doc_id"), np.dtype(lists.type.value_type.to_pandas_dtype())
         found = {
             "offsets": _place(whole, lists.buffers()[1], len(rows) + 1, np.int64),

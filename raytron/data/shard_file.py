@@ -167,13 +167,8 @@ def read_shard(path: Path) -> Shard:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):
             mapped.madvise(mmap.MADV_RANDOM)
-        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped)))
-        if reader.num_record_batches != 1:
-            raise ValueError(f"{reader.num_record_batches} record batches where there should be one")
-        rows = reader.get_batch(0)
+        rows = documents_in(pa.py_buffer(mapped))
         lists = rows.column("tokens")
-        if not pa.types.is_large_list(lists.type) or lists.type.value_type not in (pa.uint16(), pa.uint32()):
-            raise ValueError(f"the column `tokens` is {lists.type}, not a large list of uint16 or uint32")
         return Shard(
             path,
             lists.values.to_numpy(zero_copy_only=True),
@@ -185,6 +180,19 @@ def read_shard(path: Path) -> Shard:
         raise DataError(Problem(str(path), "the shard is missing", REBUILD)) from None
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(Problem(str(path), f"not a readable shard: {error}", REBUILD)) from None
+
+
+def documents_in(file: Any) -> Any:
+    """The one record batch in the bytes of a shard, a pyarrow buffer. Raises ValueError, KeyError or ArrowException for what
+    is none."""
+    reader = pa.ipc.open_file(pa.BufferReader(file))
+    if reader.num_record_batches != 1:
+        raise ValueError(f"{reader.num_record_batches} record batches where there should be one")
+    rows = reader.get_batch(0)
+    kind = rows.column("tokens").type
+    if not pa.types.is_large_list(kind) or kind.value_type not in (pa.uint16(), pa.uint32()):
+        raise ValueError(f"the column `tokens` is {kind}, not a large list of uint16 or uint32")
+    return rows
 
 
 def offsets_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
