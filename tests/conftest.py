@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -20,6 +21,27 @@ def world() -> Iterator[World]:
     """A pool of ranks that each test re-meshes: `world.run(4, function, *arguments)`."""
     with World(timeout_s=180) as pool:
         yield pool
+
+
+@pytest.fixture(scope="module")
+def s3_client() -> Iterator[Any]:
+    """A client of an S3 server of this machine, which fsspec talks to as well."""
+    import boto3  # these two take seconds, which most tests need not wait for
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "someone",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(key, value)
+        yield boto3.client("s3")
+    server.stop()
 
 
 @pytest.fixture(scope="session")

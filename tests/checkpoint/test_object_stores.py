@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import torch
 from checkpoint_cases import share, tensors, wrong
-from moto.server import ThreadedMotoServer
 
 from raytron.checkpoint import catalog, checkpointer, owner
 from raytron.checkpoint.catalog import committed, find, newest_good, open_generation, prune, verify
@@ -24,24 +22,12 @@ from raytron.parallel.layout import Slice
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
+def s3(s3_client: Any) -> Iterator[str]:
     """A bucket on a server of this machine."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "someone",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            patch.setenv(key, value)
-        boto3.client("s3").create_bucket(Bucket="runs")
-        object_store.cache_clear()
-        yield "s3://runs"
+    s3_client.create_bucket(Bucket="runs")
     object_store.cache_clear()
-    server.stop()
+    yield "s3://runs"
+    object_store.cache_clear()
 
 
 @pytest.fixture(params=["memory", "file", "s3"])

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-import boto3
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from moto.server import ThreadedMotoServer
 
 from raytron.config import DataConfig, TokenizerConfig
 from raytron.data import corpus as corpus_module
@@ -36,26 +35,14 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
+def s3(s3_client: Any) -> Iterator[str]:
     """A bucket on a server of this machine."""
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "someone",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            patch.setenv(key, value)
-        boto3.client("s3").create_bucket(Bucket="texts")
-        files_module._file_system.cache_clear()
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield "s3://texts"
+    s3_client.create_bucket(Bucket="texts")
     files_module._file_system.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
+    yield "s3://texts"
+    files_module._file_system.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 class Handler(SimpleHTTPRequestHandler):
