@@ -5,6 +5,8 @@ Channel i of the first half and of the second turn together by the angle positio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,30 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """x (S, B, H, head_dim), turned by its position; computed in float32, returned in x's type."""
-    cos, sin = table
+    out = _Rotation.apply(x, *table)  # type: ignore[no-untyped-call]
+    assert isinstance(out, Tensor)
+    return out
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return _turned(dy, cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sense: int) -> Tensor:
+    """sense: 1 forwards, -1 back."""
     first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    out = torch.empty(x.shape, device=x.device)
+    turned_first, turned_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-sense)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin, value=sense)
+    return out.to(x.dtype)

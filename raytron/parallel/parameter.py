@@ -2,8 +2,8 @@
 
 A gradient never waits in `.grad`: it is added at once to `main_grad`, fp32, a view into a gradient bucket
 (`raytron.parallel.buckets`), and the bucket is told. A linear layer adds the product of its output gradient and its input
-straight into `main_grad`; all other gradients come through autograd and a hook. Without a bucket (in inference or a plain
-test) the gradient stays in `.grad`, as everywhere in torch.
+straight into `main_grad`, a look-up the rows that it read; all other gradients come through autograd and a hook. Without a
+bucket (in inference or a plain test) the gradient stays in `.grad`, as everywhere in torch.
 """
 
 from __future__ import annotations
@@ -84,6 +84,19 @@ class Param(nn.Parameter):
         add_grouped_product(out, dy, x, counts, fresh=self.fresh)
         self._added(self.sink, last=True)
 
+    @torch.no_grad()
+    def add_rows(self, dy: Tensor, rows: Tensor) -> None:
+        """Adds the gradient of a look-up: dy (T, D) to the rows (T,) int64, each as often as it occurs; parameter (V, D)."""
+        if self.sink is None or dy.device.type != "cpu":  # elsewhere adding rows in place has no fixed order
+            dense = torch.ops.aten.embedding_dense_backward(dy, rows, self.shape[0], -1, False)
+            self.add_gradient(dense)
+            return
+        target = self._target(self.sink)
+        if self.fresh:
+            target.zero_()
+        target.index_add_(0, rows, dy.to(target.dtype))
+        self._added(self.sink, last=True)
+
     def _target(self, sink: Sink) -> Tensor:
         if self.main_grad is None:
             sink.prepare(self)
@@ -98,7 +111,7 @@ class Param(nn.Parameter):
 
 def _drain(param: Tensor) -> None:
     assert isinstance(param, Param)
-    if param.grad is None:  # autograd passes by here for linear weights too, whose gradient came by `add_product`
+    if param.grad is None:  # autograd passes by here for linear weights and tables too, whose gradient came straight
         return
     gradient, param.grad = param.grad, None
     param.add_gradient(gradient)

@@ -97,16 +97,30 @@ class Shares:
         """(owners, size): tensors of the parameters' shapes with all that belongs to one owner side by side."""
         make = torch.zeros if self.padded else torch.empty
         packed = make(self.owners, self.size, dtype=dtype, device=tensors[0].device)
-        for owner in range(self.owners):
-            for number, tensor in enumerate(tensors):
-                self.piece(packed[owner], number, owner).copy_(self.part(tensor, number, owner))
+        torch._foreach_copy_(*self._matched(packed, tensors))
         return packed
 
     def unpack(self, packed: Tensor, tensors: Sequence[Tensor]) -> None:
         """The way back of `pack`."""
-        for owner in range(self.owners):
-            for number, tensor in enumerate(tensors):
-                self.part(tensor, number, owner).copy_(self.piece(packed[owner], number, owner))
+        pieces, parts = self._matched(packed, tensors)
+        torch._foreach_copy_(parts, pieces)
+
+    def _matched(self, packed: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Views into `packed`, and of the tensors, that hold the same: one of all owners where their shares are equally
+        long, so that many owners take no more copies than few."""
+        pieces, parts = [], []
+        for number, tensor in enumerate(tensors):
+            dim, offset = self.dims[number], self.offsets[number]
+            if tensor.shape[dim] % self.owners:
+                for owner in range(self.owners):
+                    pieces.append(self.piece(packed[owner], number, owner))
+                    parts.append(self.part(tensor, number, owner))
+                continue
+            shape = tensor.shape
+            part = tensor.view(*shape[:dim], self.owners, -1, *shape[dim + 1 :]).movedim(dim, 0)
+            pieces.append(packed[:, offset : offset + part[0].numel()].view(part.shape))
+            parts.append(part)
+        return pieces, parts
 
 
 def keep_share(param: Param, owners: int, index: int) -> None:

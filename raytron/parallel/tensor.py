@@ -157,21 +157,44 @@ def row_linear(x: Tensor, weight: Param, bias: Param | None, parallel: TensorPar
     return out if bias is None else out + bias
 
 
+class _LookUp(torch.autograd.Function):
+    """rows (S,B) int64, weight (V_l,D) -> (S,B,D)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Param) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(rows)
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        ctx.weight.add_rows(_flat(dy), rows.reshape(-1))
+        return None, None
+
+
 def vocab_embedding(tokens: Tensor, weight: Param, parallel: TensorParallel) -> Tensor:
     """tokens (S,B) int64 -> (s,B,D); each rank looks up the rows that it holds, weight (V_l, D)."""
     if parallel.size == 1:
-        return F.embedding(tokens, weight)
+        return _look_up(tokens, weight)
     rows = weight.shape[0]
     local = tokens - parallel.rank * rows
     outside = (local < 0) | (local >= rows)
-    out = F.embedding(local.masked_fill(outside, 0), weight).masked_fill(outside.unsqueeze(-1), 0)
+    out = _look_up(local.masked_fill(outside, 0), weight).masked_fill(outside.unsqueeze(-1), 0)
     if parallel.sequence_parallel:
         return scatter_sequence(out, parallel.group)
     return reduce_from_group(out, parallel.group)
 
 
+def _look_up(rows: Tensor, weight: Param) -> Tensor:
+    out = _LookUp.apply(rows, weight)  # type: ignore[no-untyped-call]
+    assert isinstance(out, Tensor)
+    return out
+
+
 class Softmax:
-    """The softmax of logits (S,B,V_l) whose last dimension is cut over the group, in float32; no rank sees them all.
+    """The softmax of logits (S,B,V_l) whose last dimension is cut over the group, in float32; no rank sees them all. It
+    takes the memory of logits that are in float32 already.
 
     Columns at and beyond `vocab` are padding and take no part. sums: `top` and `total` of another one of equal logits,
     which spares asking the other ranks.
@@ -180,7 +203,7 @@ class Softmax:
     def __init__(
         self, logits: Tensor, labels: Tensor, vocab: int, group: Group, sums: tuple[Tensor, Tensor] | None = None
     ):
-        self.scores = logits.to(torch.float32, copy=True)
+        self.scores = logits.detach().to(torch.float32)
         rows = self.scores.shape[-1]
         self.scores[..., max(0, min(rows, vocab - group.index * rows)) :] = -torch.inf
         local = labels - group.index * rows
@@ -228,7 +251,7 @@ def vocab_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, vocab: 
     """Σ weights · -log softmax(logits)[labels], a scalar, equal on all ranks of the group.
 
     logits: (S,B,V_l); labels: (S,B) int64 in [0, vocab); weights: (S,B) float32, 0 where a label does not count.
-    Columns at and beyond `vocab` are padding and take no part.
+    Columns at and beyond `vocab` are padding and take no part. Logits in float32 are overwritten.
     """
     out = _VocabCrossEntropy.apply(logits, labels, weights, vocab, group)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)

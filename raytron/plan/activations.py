@@ -136,7 +136,10 @@ def working(config: RunConfig, device: Device) -> int:
         narrow = _rows(config, sizes) * (model.expert_ffn // config.mesh.etp) * sizes.item
     gradients = (3 if model.gated else 2) * narrow + 2 * sizes.tokens * sizes.hidden * sizes.item
     tokens = -(-sizes.tokens // config.memory.loss_chunks)
-    logits = tokens * sizes.vocab * (sizes.item if config.memory.loss_chunks == 1 else 2 * sizes.item + FP32)
+    other = (
+        0 if sizes.item == FP32 else sizes.item
+    )  # logits in float32 become their softmax, and their gradient, in place
+    logits = tokens * sizes.vocab * (other if config.memory.loss_chunks == 1 else FP32 + sizes.item + other)
     return max(again + gradients, logits)
 
 
