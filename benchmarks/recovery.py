@@ -216,7 +216,7 @@ def fleet_run(folder: Path, dataset: Path, trials: int, limit_s: float, tell: Te
     try:
         for _ in range(trials):
             until(run, lambda: run.status()["spares"] >= 1)
-            reach(run, run.status()["step"] + 3)
+            reach(run, run.status()["step"] + APART)  # by then the spare's node has a keeper, too
             known, victim = len(built(run)), nodes.pop(built(run)[-1]["nodes"]["1"])
             step, fault = run.status()["step"] + 1, time.time()
             if what == "drain":
@@ -356,7 +356,7 @@ def at(ordered: Sequence[float], share: float) -> float:
 
 
 class Kind(NamedTuple):
-    """Of a fault. trial_s: what a trial takes about; its limit is twice that."""
+    """Of a fault. trial_s: what a trial takes about; its limit is three times that."""
 
     measure: Callable[..., None]  # (folder, dataset, trials, limit in seconds, tell, *more)
     more: tuple[Any, ...]
@@ -376,7 +376,7 @@ KINDS = {
     LOST: Kind(fleet_run, ("kill",), 15, local=False),
     NOTICE: Kind(fleet_run, ("drain",), 15, local=False),
 }
-START_S = 60  # for Ray and the first workers to start
+START_S = 120  # for Ray and the first workers to start
 GRACE_S = 60  # beyond its limit, for a process to end by itself
 
 
@@ -400,7 +400,7 @@ def measure(name: str, trials: int, out: Path) -> None:
 
 
 def limit_s(name: str, trials: int) -> float:
-    return START_S + 2 * KINDS[name].trial_s * trials
+    return START_S + 3 * KINDS[name].trial_s * trials
 
 
 def measured(name: str, trials: int) -> dict[str, Any]:
@@ -465,7 +465,7 @@ def main() -> None:
         return
     names = given.only or [name for name in KINDS if not (given.without_ray_train and name == TRAIN)]
     trials = {name: given.trials if KINDS[name].local else given.node_trials or given.trials for name in names}
-    takes = {name: START_S / 2 + KINDS[name].trial_s * count for name, count in trials.items()}
+    takes = {name: START_S / 4 + KINDS[name].trial_s * count for name, count in trials.items()}
     print(f"about {sum(takes.values()) / 60:.0f} minutes", flush=True)
     runs = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else {}
     for name in names:

@@ -239,9 +239,11 @@ class Controller:
         self._enter("starting workers")
         start = time.monotonic()
         gang = self._gather(plan)
+        gathered = time.monotonic()
         self._enter("building")
         self._plan, self._epoch = plan, self._epoch + 1
         source = self._source(data)
+        chosen = time.monotonic()
         self.probation.begin(self._epoch, source)
         self.memory.prepare(self._epoch, plan.mesh.world, {facts.node_id for facts in gang.facts.values()})
         found = time.monotonic()
@@ -264,7 +266,8 @@ class Controller:
         self._rewind(self._step)
         self.patience.begin()
         self.health.begin(plan, self._step, {rank: facts.host for rank, facts in gang.facts.items()})
-        self._tell_built(plan, gang, source, gather_s=found - start, build_s=time.monotonic() - found)
+        parts = {"fill_s": gathered - start, "source_s": chosen - gathered, "keepers_s": found - chosen}
+        self._tell_built(plan, gang, source, parts, gather_s=found - start, build_s=time.monotonic() - found)
 
     def _orders(self, rank: int, data: RunData, source: Source) -> Orders:
         gang, plan = self._gang, self._plan
@@ -280,7 +283,8 @@ class Controller:
             self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)), gang.seats, self.lines.to,
         )  # fmt: skip
 
-    def _tell_built(self, plan: Plan, gang: Gang, source: Source, **seconds: float) -> None:
+    def _tell_built(self, plan: Plan, gang: Gang, source: Source, parts: Record, **seconds: float) -> None:
+        """parts: of gather_s."""
         text = f"{plural(plan.mesh.world, 'worker')} ready in {sum(seconds.values()):.1f} s"
         if source is not None:
             text += f", going on from step {source.step}"
@@ -290,7 +294,7 @@ class Controller:
         pids = {rank: facts.pid for rank, facts in sorted(gang.facts.items())}
         facts = {"epoch": self._epoch, "step": self._step, "mesh": str(plan.mesh), "source": origin}
         nodes = {rank: facts.node_id for rank, facts in sorted(gang.facts.items())}
-        self._say("workers", text, **facts, hosts=hosts, pids=pids, nodes=nodes, **seconds)
+        self._say("workers", text, **facts, hosts=hosts, pids=pids, nodes=nodes, **seconds, **parts)
 
     def _gather(self, plan: Plan) -> Gang:
         """Enough workers for a plan, with their ranks. When the run begins spares are made, too; later on that is done while

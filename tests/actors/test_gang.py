@@ -38,7 +38,11 @@ class Group:
 def gang(local_ray, monkeypatch):
     """On a cluster where one node, n, has room; its places are there after `late` seconds."""
     ray.get([after.remote(0.0) for _ in range(2)])
-    made = Gang("gang", make_plan(load(TINY), ClusterShape.local(8)), lambda kind, message, **facts: None)
+    made = Gang(
+        "gang",
+        make_plan(load({**TINY, "data": {"tokenizer": {"vocab": 300}}}), ClusterShape.local(8)),
+        lambda kind, message, **facts: None,
+    )
     made.late, made.removed, made.spawned = [0.0], [], []
     room = [Free("n", NodeShape("10.0.0.1", 1.0 * made.config.cpus_per_worker, 0.0))]
     monkeypatch.setattr(gangs, "free", lambda: room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 
@@ -20,22 +21,27 @@ class Slow:
     def __init__(self, answer, seconds):
         self.answer, self.seconds = answer, seconds
 
-    def held(self):
-        time.sleep(self.seconds)
+    async def held(self):
+        await asyncio.sleep(self.seconds)
         return self.answer
 
 
+@pytest.fixture(scope="module")
+def keepers(local_ray):
+    """One answers at once, one after a second, one after a minute."""
+    made = {name: Slow.remote(name, seconds) for name, seconds in (("a", 0.0), ("b", 1.0), ("c", 60.0))}
+    ray.get([actor.__ray_ready__.remote() for actor in made.values()])
+    yield made
+    for actor in made.values():
+        ray.kill(actor)
+
+
 @pytest.fixture
-def memory(local_ray):
-    """Three keepers: one answers at once, one after a second, one after a minute."""
+def memory(keepers):
     told = []
     made = Memory("run", RecoveryConfig(), lambda kind, message, **facts: told.append(message))
-    made.told = told
-    made.keepers = {name: Slow.remote(name, seconds) for name, seconds in (("a", 0.0), ("b", 1.0), ("c", 60.0))}
-    ray.get([actor.__ray_ready__.remote() for actor in made.keepers.values()])
-    yield made
-    for actor in made.keepers.values():
-        ray.kill(actor)
+    made.told, made.keepers = told, dict(keepers)
+    return made
 
 
 def test_sufficient_answers_are_waited_for_and_no_others(memory, monkeypatch):

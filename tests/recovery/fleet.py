@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 from raytron.actors.controller import Seams
 from raytron.actors.run import launch
 from raytron.testing.faults import Faults
+from raytron.testing.nodes import lose
 
 DRAIN_PREEMPTION = 2  # what Ray calls the reason
 NOTICE_S = 30
@@ -54,7 +55,7 @@ def main() -> None:
             )
             assert accepted, why
         elif what == "kill":
-            cluster.remove_node(victim, allow_graceful=False)
+            lose(cluster, victim)
         story = told(run, run.wait(timeout_s=180))
     ray.shutdown()
     cluster.shutdown()

@@ -31,4 +31,7 @@ def test_a_node_that_leaves(corpus_dataset, undisturbed, tmp_path, what, restart
     assert answer["victim"] not in story["workers"]["nodes"].values()
     assert story["workers"]["source"] == "memory"
     assert ("notice" in story) == (what == "drain")
+    if what == "kill":
+        assert story["lost"]["cause"] == "the node is gone", "its connections tell before Ray does"
+        assert story["node"]["node"] == answer["victim"]
     assert "redo" not in story or story["redo"]["last"] == story["redo"]["first"]
