@@ -134,12 +134,18 @@ class Gang:
 
         Raises ClusterError where there is no room, workers die while they start, or versions differ.
         """
+
+        def enough() -> bool:
+            self.settle()
+            return len(self.ready) >= count
+
         for _ in range(ATTEMPTS):
             self.start(count, witness)
+            if enough():
+                return
             calls = [member.asked for member in self.members.values() if member.facts is None]
-            self._wait(calls, "workers not ready", f"{len(calls)} are starting and importing torch")
-            self.settle()
-            if len(self.ready) >= count:
+            self._wait(calls, "workers not ready", f"{len(calls)} are starting and importing torch", enough)
+            if enough():
                 return
         raise ClusterError(f"workers died while they started, {ATTEMPTS} times in a row: see their logs in Ray")
 
@@ -363,17 +369,22 @@ class Gang:
             remove_placement_group(group)
         self._asked = None
 
-    def _wait(self, calls: list[Any], what: str, why: str | Callable[[], str]) -> None:
-        """Waits for calls; says what it waits for, and why, when that takes long. Raises ClusterError in the end."""
+    def _wait(
+        self, calls: list[Any], what: str, why: str | Callable[[], str], enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Waits for calls; says what it waits for, and why, when that takes long. Raises ClusterError in the end.
+
+        enough: asked whenever a call comes back: whether those that are left need not be waited for.
+        """
         start, told = time.monotonic(), False
 
         def reason() -> str:
             return why if isinstance(why, str) else why()
 
         while calls:
-            _, left = ray.wait(calls, num_returns=len(calls), timeout=POLL_S)
+            done, calls = ray.wait(calls, num_returns=1, timeout=POLL_S)
             waited = time.monotonic() - start
-            if not left:
+            if not calls or (done and enough()):
                 return
             if waited > PATIENCE_S and not told:
                 told = True

@@ -13,6 +13,7 @@ from tiny_run import TINY
 from raytron.actors import gang as gangs
 from raytron.actors.cluster import Free
 from raytron.actors.gang import Gang, Member
+from raytron.actors.versions import versions
 from raytron.actors.worker import Facts
 from raytron.config import load
 from raytron.plan.cluster import ClusterShape, NodeShape
@@ -20,8 +21,9 @@ from raytron.plan.plan import make_plan
 
 
 @ray.remote(num_cpus=0)
-def after(seconds: float) -> None:
+def after(seconds: float, answer: Any = None) -> Any:
     time.sleep(seconds)
+    return answer
 
 
 class Group:
@@ -83,6 +85,19 @@ def test_places_that_do_not_come_are_given_up(gang, tmp_path, monkeypatch):
     gang.settle()
     assert len(gang.removed) == 1
     assert gang.seats == ()
+
+
+def test_only_those_that_are_needed_are_waited_for(gang, tmp_path):
+    gang.start(1, tmp_path, wait=False, room_s=10)  # this one starts for a minute
+    (slow,) = gang.members.values()
+    facts = Facts("host", "10.0.0.1", "n", 1, None, None, versions(), True)
+    gang.members[8] = Member(8, slow.seat, slow.actor, after.remote(1.0, facts))
+    start = time.monotonic()
+    gang.fill(1, tmp_path)
+    assert [member.number for member in gang.ready] == [8]
+    gang.fill(1, tmp_path)
+    assert time.monotonic() - start < 30
+    assert slow.facts is None
 
 
 def test_nobody_is_put_on_a_lost_node_until_ray_must_know(gang, tmp_path, monkeypatch):
