@@ -1,4 +1,4 @@
-"""Seconds that a run needs to come back, beside Ray Train: python benchmarks/recovery.py --trials 20
+"""Seconds that a run needs to come back, beside Ray Train: python benchmarks/recovery.py --trials 20 (about half an hour)
 
     fault ──── see ────► lost ──── remesh ────► workers ──► first step after it
       └────────────────────────── resume ───────────────────────►┘
@@ -8,8 +8,11 @@ second between them, so that spares are ready again. Faults are those of `raytro
 forward of a step, by turns. Ray Train's `TorchTrainer` trains a plain DDP model of the same size on the same machine, saves
 a checkpoint every few steps, and loses a worker by SIGKILL at the same steps; `FailureConfig(max_failures=-1)` restarts it.
 
-Nodes are those of `ray.cluster_utils`, whose health Ray checks every second: one is killed, or Ray is told that it will
-leave; a spare waits on another one, and a new node takes the lost one's place.
+Nodes are those of `ray.cluster_utils`, whose health Ray checks every second: all processes of one are killed at once, or Ray
+is told that it will leave; a spare waits on another one, and a new node takes the lost one's place.
+
+Each kind of fault is measured in a process of its own, which has a limit of time, and what it has found is written when it
+ends: benchmarks/results/recovery.json keeps what other kinds have found before, each with its date and load.
 
 `constants` are those that benchmarks/goodput.py simulates a fleet with.
 """
@@ -22,15 +25,18 @@ import logging
 import math
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
-from context import context, write
+from context import RESULTS, context, write
 from plain import PlainLlama
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
@@ -44,6 +50,7 @@ from raytron.config import RunConfig, load
 from raytron.observe.records import Record, read_records
 from raytron.testing.faults import Faults
 from raytron.testing.ledger import Ledger
+from raytron.testing.nodes import descendants, lose
 
 FIRST, APART = 8, 12  # the step of the first fault, and steps between two
 SAVED_EVERY = 5  # steps between checkpoints of Ray Train's run, and of Raytron's
@@ -51,6 +58,8 @@ STEP_S = 0.5  # that every step takes at least
 REMESHES = ({"mesh.dp": 1}, {"mesh.dp": 2})
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs\n"
 MODEL = {"layers": 2, "hidden": 64, "heads": 2, "ffn": 128, "vocab": 300}
+RESULT = RESULTS / "recovery.json"
+Tell = Callable[[Sequence[dict[str, float]]], None]  # the trials so far
 
 
 def configured(folder: Path, steps: int, **changes: Any) -> RunConfig:
@@ -83,8 +92,19 @@ def prepare(folder: Path) -> Path:
 # ---- Raytron
 
 
-def faulty_run(folder: Path, dataset: Path, name: str, verb: str, trials: int, spares: int) -> dict[str, Any]:
-    """One run with a fault every APART steps; how long it took to come back from each."""
+@contextmanager
+def local_ray() -> Iterator[None]:
+    ray.init(
+        address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+        _system_config={"preload_python_modules": ["torch"]},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+def faulty_run(folder: Path, dataset: Path, trials: int, limit_s: float, tell: Tell, verb: str, spares: int) -> None:
+    """One run with a fault every APART steps; how long it took to come back from each. limit_s: those until then."""
+    name = f"{verb}-{spares}"
     steps = [FIRST + APART * trial for trial in range(trials)]
     sentences = [f"{verb} rank {(trial + 1) % 2} in the forward of step {step}" for trial, step in enumerate(steps)]
     faults = Faults([*sentences, "slow rank 0 in every forward"], folder / f"account-{name}")
@@ -93,14 +113,16 @@ def faulty_run(folder: Path, dataset: Path, name: str, verb: str, trials: int, s
     drawn = folder / f"ledger-{name}"
     run = launch(config, seams=Seams(open_trainer=Ledger(faults, drawn)))
     try:
-        run.wait()
+        with suppress(TimeoutError):
+            run.wait(timeout_s=limit_s)
         events = run.events()
     finally:
         run.close()
-    ends, starts = [*(faults.when(trial) for trial in range(1, trials)), math.inf], began(drawn)
-    return summary(
-        [came_back(faults.when(trial), ends[trial], step, events, starts) for trial, step in enumerate(steps)]
-    )
+    happened = [faults.when(trial) for trial in range(len(faults.happened()))]
+    ends, starts = [*happened[1:], math.inf], began(drawn)
+    ended = len(happened) == trials and bool(events) and events[-1]["event"] == "complete"
+    whole = happened if ended else happened[:-1]
+    tell([came_back(fault, ends[trial], steps[trial], events, starts) for trial, fault in enumerate(whole)])
 
 
 def came_back(
@@ -121,7 +143,7 @@ def came_back(
     }
 
 
-def remeshed_run(folder: Path, dataset: Path, trials: int) -> dict[str, Any]:
+def remeshed_run(folder: Path, dataset: Path, trials: int, limit_s: float, tell: Tell) -> None:
     """Another mesh on command, there and back."""
     own = {
         "name": "recovery-remesh",
@@ -131,15 +153,14 @@ def remeshed_run(folder: Path, dataset: Path, trials: int) -> dict[str, Any]:
     }
     faults = Faults(["slow rank 0 in every forward"], folder / "account-remesh")
     run = launch(configured(folder, 100_000, **own), seams=Seams(open_trainer=faults))
-    found = []
+    found: list[dict[str, float]] = []
     try:
         reach(run, 3)
         for trial in range(trials):
             known = len(built(run))
             asked = time.time()
             run.remesh(**REMESHES[trial % 2])
-            while len(built(run)) == known:
-                time.sleep(0.02)
+            until(run, lambda known=known: len(built(run)) > known)
             ready = built(run)[-1]
             mesh = [event for event in run.events() if event["event"] == "mesh"][-1]
             found.append(
@@ -150,10 +171,10 @@ def remeshed_run(folder: Path, dataset: Path, trials: int) -> dict[str, Any]:
                     "redone_steps": mesh["step"] - ready["step"],
                 }
             )
+            tell(found)
             reach(run, ready["step"] + 3)
     finally:
         run.close()
-    return summary(found)
 
 
 def built(run: Run) -> list[Record]:
@@ -161,7 +182,14 @@ def built(run: Run) -> list[Record]:
 
 
 def reach(run: Run, step: int) -> None:
-    while run.status()["step"] < step:
+    until(run, lambda: run.status()["step"] >= step)
+
+
+def until(run: Run, holds: Callable[[], bool]) -> None:
+    """Waits until something holds of a run. Raises RuntimeError where the run is over before."""
+    while not holds():
+        if run.status()["phase"] == "over":
+            raise RuntimeError(f"the run is over: {run.events()[-1]}")
         time.sleep(0.05)
 
 
@@ -172,7 +200,7 @@ DRAIN_PREEMPTION = 2  # what Ray calls the reason
 NOTICE_S = 30
 
 
-def fleet_run(folder: Path, dataset: Path, what: str, trials: int) -> dict[str, Any]:
+def fleet_run(folder: Path, dataset: Path, trials: int, limit_s: float, tell: Tell, what: str) -> None:
     """Nodes are lost (`kill`), or leave with a notice (`drain`), one after another."""
     system = {**HEALTH, "worker_niceness": 0, "preload_python_modules": ["torch"]}
     cluster = Cluster(
@@ -184,23 +212,22 @@ def fleet_run(folder: Path, dataset: Path, what: str, trials: int) -> dict[str, 
     own |= {"cluster.address": cluster.address, "cluster.cpus_per_worker": 1, "recovery.spares": 1}
     faults, drawn = Faults(["slow rank 0 in every forward"], folder / f"account-{name}"), folder / f"ledger-{name}"
     run = launch(configured(folder, 100_000, **own), seams=Seams(open_trainer=Ledger(faults, drawn)))
-    found = []
+    found: list[dict[str, float]] = []
     try:
         for _ in range(trials):
-            while run.status()["spares"] < 1:
-                time.sleep(0.1)
-            reach(run, run.status()["step"] + 3)
+            until(run, lambda: run.status()["spares"] >= 1)
+            reach(run, run.status()["step"] + APART)  # by then the spare's node has a keeper, too
             known, victim = len(built(run)), nodes.pop(built(run)[-1]["nodes"]["1"])
             step, fault = run.status()["step"] + 1, time.time()
             if what == "drain":
                 deadline_ms = int((fault + NOTICE_S) * 1000)
                 GcsClient(address=cluster.address).drain_node(victim.node_id, DRAIN_PREEMPTION, "taken", deadline_ms)
             else:
-                cluster.remove_node(victim, allow_graceful=False)
-            while len(built(run)) == known:
-                time.sleep(0.05)
+                lose(cluster, victim)
+            until(run, lambda known=known: len(built(run)) > known)
             reach(run, built(run)[-1]["step"] + 2)
             found.append(left_node(fault, step, what, run.events(), began(drawn)))
+            tell(found)
             if what == "drain":
                 cluster.remove_node(victim)
             node = cluster.add_node(num_cpus=1)
@@ -209,7 +236,6 @@ def fleet_run(folder: Path, dataset: Path, what: str, trials: int) -> dict[str, 
         run.close()
         ray.shutdown()
         cluster.shutdown()
-    return summary(found)
 
 
 def left_node(
@@ -284,8 +310,9 @@ def save(step: int, model: Any, optimizer: Any, rank: int) -> None:
         ray.train.report({"step": step}, checkpoint=checkpoint)
 
 
-def ray_train_run(folder: Path, trials: int) -> dict[str, Any]:
+def ray_train_run(folder: Path, dataset: Path, trials: int, limit_s: float, tell: Tell) -> None:
     """The same kills under Ray Train; from each to the begin of the first step after the restart."""
+    folder = folder / "peer"
     steps = [FIRST + APART * trial for trial in range(trials)]
     config = {"steps": steps[-1] + 4, "sequence_length": 32, "model": MODEL}
     kills = {str(step): (trial + 1) % 2 for trial, step in enumerate(steps)}
@@ -309,7 +336,7 @@ def ray_train_run(folder: Path, trials: int) -> dict[str, Any]:
         before = {line["pid"] for line in lines if line["time"] <= killed}
         first = min((line for line in lines if line["pid"] not in before), key=lambda line: line["time"])
         found.append({"resume_s": first["time"] - killed, "redone_steps": step - first["step"]})
-    return summary(found)
+    tell(found)
 
 
 # ---- what is told
@@ -328,42 +355,126 @@ def at(ordered: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--node-trials", type=int, help="of lost and leaving nodes; else as many as of the others")
-    parser.add_argument("--without-ray-train", action="store_true")
-    arguments = parser.parse_args()
-    trials, node_trials, started = arguments.trials, arguments.node_trials or arguments.trials, os.getloadavg()[0]
-    ray.init(
-        address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-        _system_config={"preload_python_modules": ["torch"]},
-    )  # fmt: skip
+class Kind(NamedTuple):
+    """Of a fault. trial_s: what a trial takes about; its limit is three times that."""
+
+    measure: Callable[..., None]  # (folder, dataset, trials, limit in seconds, tell, *more)
+    more: tuple[Any, ...]
+    trial_s: float
+    local: bool = True  # on a local Ray; else it starts a cluster of its own
+
+
+KILL, COLD, STOP = "SIGKILL, with a spare", "SIGKILL, without spares", "SIGSTOP, with a spare"
+REMESH, TRAIN = "another mesh on command", "Ray Train, SIGKILL"
+LOST, NOTICE = "a node is lost, with a spare", "a node leaves with a notice"
+KINDS = {
+    KILL: Kind(faulty_run, ("kill", 2), 8),
+    COLD: Kind(faulty_run, ("kill", 0), 10),
+    STOP: Kind(faulty_run, ("stop", 2), 11),
+    REMESH: Kind(remeshed_run, (), 4),
+    TRAIN: Kind(ray_train_run, (), 15),
+    LOST: Kind(fleet_run, ("kill",), 15, local=False),
+    NOTICE: Kind(fleet_run, ("drain",), 15, local=False),
+}
+START_S = 120  # for Ray and the first workers to start
+GRACE_S = 60  # beyond its limit, for a process to end by itself
+
+
+def measure(name: str, trials: int, out: Path) -> None:
+    """One kind, in this process; `out` has all trials so far."""
+    kind = KINDS[name]
+
+    def tell(found: Sequence[dict[str, float]]) -> None:
+        part = out.with_suffix(".part")
+        part.write_text(json.dumps(list(found)))
+        part.rename(out)
+
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        dataset = prepare(folder)
-        runs = {
-            "SIGKILL, with a spare": faulty_run(folder, dataset, "kill", "kill", trials, 2),
-            "SIGKILL, without spares": faulty_run(folder, dataset, "cold", "kill", trials, 0),
-            "SIGSTOP, with a spare": faulty_run(folder, dataset, "stop", "stop", trials, 2),
-            "another mesh on command": remeshed_run(folder, dataset, trials),
-        }
-        if not arguments.without_ray_train:
-            runs["Ray Train, SIGKILL"] = ray_train_run(folder / "peer", trials)
-        ray.shutdown()
-        runs["a node is lost, with a spare"] = fleet_run(folder, dataset, "kill", node_trials)
-        runs["a node leaves with a notice"] = fleet_run(folder, dataset, "drain", node_trials)
-    result: dict[str, Any] = {"context": context(load_average_before=round(started, 2)), "runs": runs}
-    kill = runs["SIGKILL, with a spare"]
-    if "Ray Train, SIGKILL" in runs:
-        peer = runs["Ray Train, SIGKILL"]["resume_s"]["p50"]
-        result["ratio_to_ray_train"] = {name: round(peer / runs[name]["resume_s"]["p50"], 2) for name in list(runs)[:2]}
-    result["constants"] = {
-        "loss_s": kill["resume_s"]["p50"],
-        "grow_s": runs["another mesh on command"]["remesh_s"]["p50"],
-        "notice_s": runs["a node leaves with a notice"]["stall_s"]["p50"],
+        with local_ray():
+            dataset = prepare(folder)
+            if kind.local:
+                kind.measure(folder, dataset, trials, limit_s(name, trials), tell, *kind.more)
+        if not kind.local:
+            kind.measure(folder, dataset, trials, limit_s(name, trials), tell, *kind.more)
+
+
+def limit_s(name: str, trials: int) -> float:
+    return START_S + 3 * KINDS[name].trial_s * trials
+
+
+def measured(name: str, trials: int) -> dict[str, Any]:
+    """One kind, in a process of its own that ends in time, with all that it has started."""
+    load = round(os.getloadavg()[0], 2)
+    began_at = time.monotonic()
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "trials.json"
+        command = [sys.executable, __file__, "--measure", name, "--trials", str(trials), "--out", str(out)]
+        child = subprocess.Popen(command)
+        try:
+            problem = f"it ended with {child.returncode}" if child.wait(limit_s(name, trials) + GRACE_S) else None
+        except subprocess.TimeoutExpired:
+            problem = f"it was not over after {limit_s(name, trials) + GRACE_S:.0f} s"
+        finally:
+            for pid in descendants([child.pid] if child.poll() is None else []):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            child.wait()
+        found = json.loads(out.read_text()) if out.exists() else []
+    facts = {
+        "when": time.strftime("%Y-%m-%d"),
+        "load_average_before": load,
+        "seconds": round(time.monotonic() - began_at),
     }
-    write("recovery", result)
+    facts |= (
+        {} if problem is None and len(found) == trials else {"asked": trials, "problem": problem or "some are missing"}
+    )
+    return {**(summary(found) if found else {"trials": 0}), **facts}
+
+
+def result_of(runs: dict[str, Any]) -> dict[str, Any]:
+    """What is written: the runs, and what follows from those that are there."""
+    result: dict[str, Any] = {"context": context(), "runs": {name: runs[name] for name in KINDS if name in runs}}
+
+    def p50(name: str, figure: str) -> float | None:
+        told = runs.get(name, {}).get(figure)
+        return None if told is None else float(told["p50"])
+
+    peer = p50(TRAIN, "resume_s")
+    if peer is not None:
+        times = {name: p50(name, "resume_s") for name in (KILL, COLD)}
+        result["ratio_to_ray_train"] = {name: round(peer / told, 2) for name, told in times.items() if told}
+    constants = {
+        "loss_s": p50(KILL, "resume_s"), "grow_s": p50(REMESH, "remesh_s"), "notice_s": p50(NOTICE, "stall_s"),
+    }  # fmt: skip
+    result["constants"] = {name: told for name, told in constants.items() if told is not None}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--node-trials", type=int, help="of lost and leaving nodes; else as many as of the others")
+    parser.add_argument("--only", nargs="+", choices=KINDS, metavar="KIND", help=f"some kinds: {', '.join(KINDS)}")
+    parser.add_argument("--without-ray-train", action="store_true")
+    parser.add_argument("--measure", choices=KINDS, help=argparse.SUPPRESS)  # in the process that is started for a kind
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        measure(given.measure, given.trials, given.out)
+        return
+    names = given.only or [name for name in KINDS if not (given.without_ray_train and name == TRAIN)]
+    trials = {name: given.trials if KINDS[name].local else given.node_trials or given.trials for name in names}
+    takes = {name: START_S / 4 + KINDS[name].trial_s * count for name, count in trials.items()}
+    print(f"about {sum(takes.values()) / 60:.0f} minutes", flush=True)
+    runs = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else {}
+    for name in names:
+        print(f"{name}: {trials[name]} trials, about {takes[name] / 60:.1f} minutes", flush=True)
+        runs[name] = measured(name, trials[name])
+        write("recovery", result_of(runs))
+    failed = {name: runs[name]["problem"] for name in names if "problem" in runs[name]}
+    if failed:
+        sys.exit(f"not all was measured: {failed}")
 
 
 if __name__ == "__main__":

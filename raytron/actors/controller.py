@@ -29,11 +29,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from raytron.actors import adoption, patience
 from raytron.actors.budget import Budget, Kind
 from raytron.actors.chronicle import Chronicle, Cursor, News
-from raytron.actors.cluster import survey
+from raytron.actors.cluster import draining, living, survey
 from raytron.actors.control import control
 from raytron.actors.exhausted import Exhaustion
-from raytron.actors.gang import Gang, failed
+from raytron.actors.gang import ROOM_S, Gang, failed
 from raytron.actors.health import Health
+from raytron.actors.lines import Lines
 from raytron.actors.memory_records import untold
 from raytron.actors.moves import Moves, Wanted
 from raytron.actors.patience import Patience
@@ -41,7 +42,7 @@ from raytron.actors.probation import Probation
 from raytron.actors.recovery import WorkersLost, first_line
 from raytron.actors.supervisor import Supervisor
 from raytron.actors.tiers import Memory
-from raytron.actors.worker import Beat, OpenTrainer, Orders, Request
+from raytron.actors.worker import Beat, OpenTrainer, Orders, Request, worker_name
 from raytron.checkpoint.catalog import Generation, committed, newest_good, note_validation, prune
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.config import RunConfig, flatten, to_mapping
@@ -105,7 +106,8 @@ class Controller:
         self.chronicle = Chronicle(config, self.directory)
         self.patience = Patience(config.cluster.timeout_s, config.recovery.heartbeat_s)
         self.budget = Budget(config.recovery.max_restarts, config.recovery.window_s)
-        self.memory = Memory(config.name, config.recovery, self._say)
+        self.lines = Lines(ray.util.get_node_ip_address())
+        self.memory = Memory(config.name, config.recovery, self._say, self.lines)
         self.health = Health(config.guard, self._say)
         self.probation = Probation()
         self.exhaustion = Exhaustion(config.recovery)
@@ -237,13 +239,15 @@ class Controller:
         self._enter("starting workers")
         start = time.monotonic()
         gang = self._gather(plan)
+        gathered = time.monotonic()
         self._enter("building")
         self._plan, self._epoch = plan, self._epoch + 1
         source = self._source(data)
+        chosen = time.monotonic()
         self.probation.begin(self._epoch, source)
         self.memory.prepare(self._epoch, plan.mesh.world, {facts.node_id for facts in gang.facts.values()})
         found = time.monotonic()
-        self._supervisor = Supervisor(gang.workers, self.patience, self._heard, self._asks, self._look)
+        self._supervisor = Supervisor(gang.workers, self.patience, self._heard, self._asks, self._look, self._gone)
         memory = ray.put(source) if isinstance(source, MemoryGeneration) else None
         built = self._together("build", lambda rank: (self._orders(rank, data, source), memory), patience.BUILDING)
         self._step = self._recorded = built[0].step
@@ -262,7 +266,8 @@ class Controller:
         self._rewind(self._step)
         self.patience.begin()
         self.health.begin(plan, self._step, {rank: facts.host for rank, facts in gang.facts.items()})
-        self._tell_built(plan, gang, source, gather_s=found - start, build_s=time.monotonic() - found)
+        parts = {"fill_s": gathered - start, "source_s": chosen - gathered, "keepers_s": found - chosen}
+        self._tell_built(plan, gang, source, parts, gather_s=found - start, build_s=time.monotonic() - found)
 
     def _orders(self, rank: int, data: RunData, source: Source) -> Orders:
         gang, plan = self._gang, self._plan
@@ -275,10 +280,11 @@ class Controller:
         dataset = Path(data.sources[0].name)
         return Orders(
             plan, rank, self._epoch, where, dataset, path, gang.device, gang.neighbours(rank), node, folder,
-            self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)), gang.seats,
+            self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)), gang.seats, self.lines.to,
         )  # fmt: skip
 
-    def _tell_built(self, plan: Plan, gang: Gang, source: Source, **seconds: float) -> None:
+    def _tell_built(self, plan: Plan, gang: Gang, source: Source, parts: Record, **seconds: float) -> None:
+        """parts: of gather_s."""
         text = f"{plural(plan.mesh.world, 'worker')} ready in {sum(seconds.values()):.1f} s"
         if source is not None:
             text += f", going on from step {source.step}"
@@ -288,22 +294,24 @@ class Controller:
         pids = {rank: facts.pid for rank, facts in sorted(gang.facts.items())}
         facts = {"epoch": self._epoch, "step": self._step, "mesh": str(plan.mesh), "source": origin}
         nodes = {rank: facts.node_id for rank, facts in sorted(gang.facts.items())}
-        self._say("workers", text, **facts, hosts=hosts, pids=pids, nodes=nodes, **seconds)
+        self._say("workers", text, **facts, hosts=hosts, pids=pids, nodes=nodes, **seconds, **parts)
 
     def _gather(self, plan: Plan) -> Gang:
-        """Enough workers for a plan, with their ranks; spares are made, but not waited for."""
+        """Enough workers for a plan, with their ranks. When the run begins spares are made, too; later on that is done while
+        it trains (`Moves.look`), not in the way of ranks that wait."""
         if self._gang is None:
             self._open_gang(plan)
         assert self._gang is not None
         gang, world = self._gang, plan.mesh.world
         gang.fill(world, self.directory.config)
         gang.deal(plan.mesh)
-        gang.start(world + self.config.recovery.spares, self.directory.config, wait=False)
+        if not self._stood:
+            gang.start(world + self.config.recovery.spares, self.directory.config, wait=False, room_s=ROOM_S)
         return gang
 
     def _open_gang(self, plan: Plan) -> None:
         self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
-        self._gang = Gang(self.config.name, plan, self._say, self.seams.open_trainer)
+        self._gang = Gang(self.config.name, plan, self._say, self.seams.open_trainer, self.lines.to)
         self._moves = Moves(self.config, self._gang, self._say, self.directory.config)
         self._moves.begin(self.config, plan)
 
@@ -409,6 +417,7 @@ class Controller:
         self._enter("recovering")
         assert self._gang is not None
         gang = self._gang
+        self._lose(self._lost_nodes())
         gang.drop([gang.ranks[rank] for rank in lost.ranks if rank in gang.ranks])
         calls = {member.actor.leave.remote(self.memory.on): member for member in gang.ranks.values()}
         limit_s = LEAVE_S + 2 * float(self.chronicle.last.get("step_time_s", 0.0))
@@ -431,6 +440,44 @@ class Controller:
         assert self._moves is not None
         plan, self._relieved = self._relieved or plan, None
         return self._moves.after_loss(plan)
+
+    def _homes(self) -> dict[str, str]:
+        """The node of each process that has a line, by the names that these have there."""
+        gang = self._gang
+        members = [] if gang is None else gang.members.values()
+        homes = {worker_name(each.number): each.facts.node_id for each in members if each.facts is not None}
+        return homes | {line: node for node, line in self.memory.line_of.items()}
+
+    def _lost_nodes(self) -> set[str]:
+        """Nodes of this run that are dead by what lines tell, or Ray."""
+        homes = self._homes()
+        gone = self.lines.gone(homes, settle=True).nodes
+        alive = {str(node["NodeID"]) for node in living()}
+        return set(gone) | (set(homes.values()) - alive)
+
+    def _gone(self) -> WorkersLost | None:
+        """The ranks that lines say are gone; nodes without a rank are lost without a word."""
+        found = self.lines.gone(self._homes())
+        if not found.nodes and not found.names:
+            return None
+        assert self._gang is not None
+        gang = self._gang
+        away = gang.ranks_on(found.nodes)
+        late = [rank for rank, member in gang.ranks.items() if worker_name(member.number) in found.names]
+        if away:
+            preempted = found.nodes <= set(draining())
+            why = "the node is gone" if len(found.nodes) == 1 else "their nodes are gone"
+            return WorkersLost({*away, *late}, why, preempted=preempted)
+        self._lose(found.nodes)
+        return WorkersLost(late, "the connection broke, and Ray says nothing") if late else None
+
+    def _lose(self, nodes: Iterable[str]) -> None:
+        """Gives up all that lives on some nodes, and asks nobody there any more."""
+        assert self._gang is not None
+        for node in nodes:
+            self._say("node", f"node {self._gang.address(node)} is gone", node=node)
+            self._gang.lose(node)
+            self.memory.lose(node)
 
     def _roll_back(self, back: Rollback) -> None:
         """A step had bad numbers, twice: to an older state, from which it will be skipped. Raises where that is hopeless."""
@@ -475,6 +522,7 @@ class Controller:
             self._gang.close()
         self.memory.close()
         self._sweeper.shutdown()
+        self.lines.close()
         self.chronicle.close()
         self._enter("over")
         self._outcome = outcome

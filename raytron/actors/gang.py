@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytron.actors import placement
 from raytron.actors.cluster import NAMESPACE, controller_name, free, living
+from raytron.actors.lines import LineTo
 from raytron.actors.seat import Seat, homes
 from raytron.actors.versions import mismatches, versions
 from raytron.actors.worker import Facts, OpenTrainer, WorkerActor, end_process
@@ -37,6 +38,8 @@ from raytron.training.open import open_trainer
 PATIENCE_S = 10.0  # before a wait is explained
 POLL_S = 0.5
 ROOM_S = 3.0  # for a place that is free
+AT_ONCE_S = 0.1  # for one that nobody is waiting for
+DOUBT_S = 120.0  # for Ray to find that a node is dead that counts as lost; after that it is used again
 ATTEMPTS = 3  # for a worker to start
 
 Say = Callable[..., None]  # (kind of event, message, **facts)
@@ -53,11 +56,25 @@ class Member:
     facts: Facts | None = None
 
 
+@dataclass
+class _Asked:
+    """Places that were asked for and are not there yet. sets: the bundles of each group."""
+
+    sets: list[list[placement.Bundle]]
+    wanted: list[dict[str, float]]
+    groups: list[Any]
+    calls: list[Any]
+    since: float
+
+
 class Gang:
     """The workers of one run. `fill` makes those that are missing, `deal` gives them ranks, `drop` ends some."""
 
-    def __init__(self, run: str, plan: Plan, say: Say, open_trainer: OpenTrainer = open_trainer):
-        self.run, self.plan, self.say = run, plan, say
+    def __init__(
+        self, run: str, plan: Plan, say: Say, open_trainer: OpenTrainer = open_trainer, line: LineTo | None = None
+    ):
+        """line: to the controller; None: workers open none."""
+        self.run, self.plan, self.say, self.line = run, plan, say, line
         self.config = plan.config.cluster
         assert plan.cluster is not None
         self.device = plan.cluster.device(self.config)
@@ -68,6 +85,8 @@ class Gang:
         self.members: dict[int, Member] = {}
         self.ranks: dict[int, Member] = {}
         self._retired: set[str] = set()  # nodes that will leave: nobody there gets a rank
+        self._lost: dict[str, float] = {}  # nodes that count as lost, and since when
+        self._asked: _Asked | None = None
 
     @property
     def workers(self) -> dict[int, Any]:
@@ -82,8 +101,9 @@ class Gang:
     @property
     def ready(self) -> list[Member]:
         """Members that have started, on nodes that stay."""
+        away = self._away()
         started = [member for member in self.members.values() if member.facts is not None]
-        return [member for member in started if _facts(member).node_id not in self._retired]
+        return [member for member in started if _facts(member).node_id not in away]
 
     @property
     def spares(self) -> list[Member]:
@@ -114,22 +134,29 @@ class Gang:
 
         Raises ClusterError where there is no room, workers die while they start, or versions differ.
         """
+
+        def enough() -> bool:
+            self.settle()
+            return len(self.ready) >= count
+
         for _ in range(ATTEMPTS):
             self.start(count, witness)
+            if enough():
+                return
             calls = [member.asked for member in self.members.values() if member.facts is None]
-            self._wait(calls, "workers not ready", f"{len(calls)} are starting and importing torch")
-            self.settle()
-            if len(self.ready) >= count:
+            self._wait(calls, "workers not ready", f"{len(calls)} are starting and importing torch", enough)
+            if enough():
                 return
         raise ClusterError(f"workers died while they started, {ATTEMPTS} times in a row: see their logs in Ray")
 
-    def start(self, count: int, witness: Path, *, wait: bool = True) -> None:
+    def start(self, count: int, witness: Path, *, wait: bool = True, room_s: float = AT_ONCE_S) -> None:
         """Makes members until there are `count`, without waiting for them to be ready. wait: for room on the cluster, else
-        as many as there is room for."""
+        as many as there is room for within `room_s`; what is there later is used by the next call."""
+        self._look_at_asked(0.0)
         ready = {member.number for member in self.ready}
         lacking = count - sum(member.facts is None or member.number in ready for member in self.members.values())
         if lacking > 0 and len(self._usable()) < lacking:
-            self._place(lacking - len(self._usable()), wait)
+            self._place(lacking - len(self._usable()), wait, room_s)
         for seat in self._usable()[: max(0, lacking)]:
             number = next(self._made)
             actor = self._spawn(number, seat)
@@ -137,6 +164,7 @@ class Gang:
 
     def settle(self) -> list[Member]:
         """Looks who has started since; those who died are forgotten. Raises ClusterError where versions differ."""
+        self._look_at_asked(0.0)
         starting = {member.asked: member for member in self.members.values() if member.facts is None}
         done = ray.wait(list(starting), num_returns=len(starting), timeout=0)[0] if starting else []
         new = []
@@ -156,7 +184,8 @@ class Gang:
         held = [*(seat.home for seat in self._usable()), *(_facts(member).node_id for member in self.ready)]
         for node in held:
             out[node] = out.get(node, 0) + 1
-        return {node: count for node, count in out.items() if node not in self._retired}
+        away = self._away()
+        return {node: count for node, count in out.items() if node not in away}
 
     def on_nodes(self) -> list[int]:
         """How many members are ready on each node."""
@@ -169,6 +198,20 @@ class Gang:
     def retire(self, node: str) -> None:
         """A node will leave: its members work on, but get no rank in another mesh."""
         self._retired.add(node)
+
+    def lose(self, node: str) -> None:
+        """A node is lost, whether or not Ray knows it: its members are given up, and nobody is put there."""
+        self._lost[node] = time.monotonic()
+        self.drop([member for member in self.members.values() if self.home(member) == node])
+
+    def home(self, member: Member) -> str:
+        """The id of the node that a member lives on, or starts on."""
+        return member.facts.node_id if member.facts is not None else member.seat.home
+
+    def _away(self) -> set[str]:
+        """Nodes that are not counted on."""
+        now = time.monotonic()
+        return self._retired | {node for node, since in self._lost.items() if now - since < DOUBT_S}
 
     def ranks_on(self, nodes: Collection[str]) -> list[int]:
         """The ranks that live on some nodes."""
@@ -247,6 +290,7 @@ class Gang:
     def close(self) -> None:
         """Kills all workers and gives their places back."""
         self.drop(self.members.values())
+        self._withdraw()
         for group in self._groups:
             remove_placement_group(group)
         self._groups, self._seats = [], []
@@ -258,17 +302,43 @@ class Gang:
         taken = {member.seat.number for member in self.members.values()}
         vacant = [seat for seat in self._seats if seat.number not in taken]
         alive = {node["NodeID"] for node in living()} if vacant else set()
-        return [seat for seat in vacant if seat.home in alive - self._retired]
+        staying = alive - self._away()
+        return [seat for seat in vacant if seat.home in staying]
 
-    def _place(self, count: int, wait: bool) -> None:
-        """Seats for `count` more workers."""
+    def _place(self, count: int, wait: bool, room_s: float) -> None:
+        """Seats for `count` more workers. wait: until they are there; else those that are there within `room_s`, and at the
+        next call those that have come since."""
+        if wait:
+            self._withdraw()
+            self._asked = asked = self._ask(count, wait)
+            what = "no room on the cluster"
+            self._wait(asked.calls, what, lambda: placement.missing(asked.wanted, [node.shape for node in free()]))
+            self._take(asked)
+            return
+        if self._asked is None:
+            self._asked = self._ask(count, wait)
+        self._look_at_asked(room_s)
+
+    def _look_at_asked(self, timeout_s: float) -> None:
+        """Takes the places that were asked for if they are there; gives them up where they are long in coming."""
+        asked = self._asked
+        if asked is None:
+            return
+        if not asked.calls or not ray.wait(asked.calls, num_returns=len(asked.calls), timeout=timeout_s)[1]:
+            self._take(asked)
+        elif time.monotonic() - asked.since > ROOM_S:  # what was free has gone since
+            self._withdraw()
+
+    def _ask(self, count: int, wait: bool) -> _Asked:
+        """Asks Ray for places of `count` workers."""
         if not self._seats and count == self.plan.mesh.world:
             assert self.plan.cluster is not None
             sets = placement.groups(
                 self.plan.mesh, placement.fill(count, placement.slots(self.plan.cluster, self.config))
             )
         else:
-            slots = [node.shape.slots(self.config, self.device) for node in free() if node.node_id not in self._retired]
+            away = self._away()
+            slots = [node.shape.slots(self.config, self.device) for node in free() if node.node_id not in away]
             lacking = count - sum(slots)
             if lacking > 0 and wait:
                 slots.append(lacking)  # a group that waits for its node
@@ -279,32 +349,42 @@ class Gang:
             for bundles in asked
         ]
         wanted = [bundle for bundles in asked for bundle in bundles]
-        calls = [group.ready() for group in groups]
-        if not wait and calls and ray.wait(calls, num_returns=len(calls), timeout=ROOM_S)[1]:
-            for group in groups:  # what was free has gone since
-                remove_placement_group(group)
-            return
+        return _Asked(sets, wanted, groups, [group.ready() for group in groups], time.monotonic())
+
+    def _take(self, asked: _Asked) -> None:
+        """Makes seats of places that are there."""
+        self._asked, groups = None, asked.groups
         self._groups += groups
-        self._wait(calls, "no room on the cluster", lambda: placement.missing(wanted, [node.shape for node in free()]))
         address = {node["NodeID"]: node["NodeManagerAddress"] for node in living()}
         where = [[address.get(home, "") for _, home in sorted(homes(group).items())] for group in groups]
-        found = placement.seats(sets, where)
+        found = placement.seats(asked.sets, where)
         first = max((seat.number for seat in self._seats), default=-1) + 1
         self._seats += [
             Seat(first + at, groups[group], bundle) for at, (_, (group, bundle)) in enumerate(sorted(found.items()))
         ]
 
-    def _wait(self, calls: list[Any], what: str, why: str | Callable[[], str]) -> None:
-        """Waits for calls; says what it waits for, and why, when that takes long. Raises ClusterError in the end."""
+    def _withdraw(self) -> None:
+        """Gives up places that are not there yet."""
+        for group in self._asked.groups if self._asked is not None else ():
+            remove_placement_group(group)
+        self._asked = None
+
+    def _wait(
+        self, calls: list[Any], what: str, why: str | Callable[[], str], enough: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Waits for calls; says what it waits for, and why, when that takes long. Raises ClusterError in the end.
+
+        enough: asked whenever a call comes back: whether those that are left need not be waited for.
+        """
         start, told = time.monotonic(), False
 
         def reason() -> str:
             return why if isinstance(why, str) else why()
 
         while calls:
-            _, left = ray.wait(calls, num_returns=len(calls), timeout=POLL_S)
+            done, calls = ray.wait(calls, num_returns=1, timeout=POLL_S)
             waited = time.monotonic() - start
-            if not left:
+            if not calls or (done and enough()):
                 return
             if waited > PATIENCE_S and not told:
                 told = True
@@ -322,7 +402,9 @@ class Gang:
             num_gpus=1 if self.device == "cuda" else 0,
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(seat.group, seat.bundle),
-        ).remote(number, self._open_trainer, seat, controller_name(self.run), self.plan.config.recovery.lease_s)
+        ).remote(
+            number, self._open_trainer, seat, controller_name(self.run), self.plan.config.recovery.lease_s, self.line
+        )
 
     def _check(self, members: Iterable[Member]) -> None:
         """Raises ClusterError where workers run other code, or don't see the run directory."""

@@ -25,6 +25,7 @@ from raytron.actors.cluster import NAMESPACE
 from raytron.actors.control import control
 from raytron.actors.drain import listen
 from raytron.actors.lease import Lease, ask_for, exit_now
+from raytron.actors.lines import Line, LineTo
 from raytron.actors.metadata import Kind
 from raytron.actors.notices import Watcher
 from raytron.checkpoint import folder as folders
@@ -67,6 +68,7 @@ class Keeper:
         self._news: News | None = None
         self._follower: Follower | None = None
         self._watcher: Watcher | None = None
+        self._line: Line | None = None
         folders.sweep(self.folder.parent)
         folders.use(self.folder)
         self._lease = None if lease is None else Lease(ask_for(lease[0]), lease[1], self._leave)
@@ -80,6 +82,13 @@ class Keeper:
         """From here on tells Ray of what this node's cloud says about its end."""
         if kind != "none" and self._watcher is None:
             self._watcher = listen(kind, self.node)
+
+    @control
+    def hold(self, line: LineTo, name: str) -> None:
+        """Opens a line to the controller, under a name."""
+        old, self._line = self._line, Line(line, name)
+        if old is not None:
+            old.close()
 
     # ---- after a loss
 

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytron import presets
 from raytron.actors.adoption import end_all
@@ -315,8 +316,17 @@ def tokenize(config: RunConfig, report: Callable[[float, str], None]) -> Path:
 
 
 def _start(config: RunConfig, seams: Seams | None) -> Any:
-    """The controller actor of a run, at work. Raises ClusterError where the name is taken."""
-    options: dict[str, Any] = {"name": controller_name(config.name), "namespace": NAMESPACE}
+    """The controller actor of a run, at work. Raises ClusterError where the name is taken.
+
+    It lives on this node, which sees the run directory and is the head in most clusters, as long as that has room: Ray puts
+    what needs no CPU anywhere, and on a training node the loss of that node would be the controller's, too.
+    """
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
+    options: dict[str, Any] = {
+        "name": controller_name(config.name),
+        "namespace": NAMESPACE,
+        "scheduling_strategy": here,
+    }
     if config.cluster.detached:
         options["lifetime"] = "detached"
     deadline = time.monotonic() + RELEASE_S

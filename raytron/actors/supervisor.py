@@ -2,7 +2,8 @@
 
     call ──► every rank works ──► all answers
                │ beat, twice a second: what it does, since when, what it has recorded
-               ├─ a reference is lost           the process or its node died             seen at once
+               ├─ a reference is lost           the process died                         seen at once
+               ├─ its node's lines broke        the node is gone (`raytron.actors.lines`)  seen at once, by Ray after seconds
                ├─ no beat for `heartbeat`       stopped, or holds the interpreter        the rank that does not answer
                └─ no progress for `progress`    the ranks that do not wait for others    those that hold them up
 
@@ -23,11 +24,17 @@ from raytron.actors.recovery import WorkersLost, cause_of, is_death, is_settled,
 from raytron.actors.worker import Beat
 
 POLL_S = 0.5  # between two looks at running workers
+LINES_S = 0.1  # between two looks at their lines
 BEATS_PER_S = 400  # that the controller sends at most: a large gang is looked at more rarely
 GRACE_S = 3.0  # for the cause to arrive when a consequence came first
 LAST_BEAT_S = 30.0  # for the last records of a segment
 
 Arguments = Callable[[int], tuple[Any, ...]]
+
+
+def nobody_gone() -> WorkersLost | None:
+    """What is said where nobody has a line."""
+    return None
 
 
 class Supervisor:
@@ -40,10 +47,12 @@ class Supervisor:
         heard: Callable[[int, Beat], None],
         asks: Callable[[int], tuple[int, int]],
         look: Callable[[], None],
+        gone: Callable[[], WorkersLost | None] = nobody_gone,
     ):
-        """look: called as often as ranks are looked at, while they train."""
+        """look: called as often as ranks are looked at, while they train. gone: ranks of which it is known, though not from
+        Ray, that they are dead."""
         self.workers, self.patience = workers, patience
-        self.heard, self.asks, self.look = heard, asks, look
+        self.heard, self.asks, self.look, self.gone = heard, asks, look, gone
         self._beats: dict[int, tuple[Any, float]] = {}  # under way: the call, and when it was made
         self._last: dict[int, Beat] = {}
 
@@ -59,7 +68,7 @@ class Supervisor:
         self._last.clear()
         while len(answers) + len(failures) < len(calls):
             waiting = [call for call, rank in calls.items() if rank not in answers and rank not in failures]
-            done, _ = ray.wait(waiting, num_returns=1, timeout=POLL_S)
+            done, _ = ray.wait(waiting, num_returns=1, timeout=LINES_S)
             for call in done:
                 try:
                     answers[calls[call]] = ray.get(call)
@@ -68,6 +77,8 @@ class Supervisor:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
             if is_settled(failures) or time.monotonic() > deadline:
                 break
+            if (lost := self.gone()) is not None:
+                raise lost
             if not failures and time.monotonic() - looked > self.period_s:
                 looked = time.monotonic()
                 self._look(set(answers), phase)

@@ -37,6 +37,7 @@ from raytron.actors.control import control
 from raytron.actors.exhausted import where_exhausted
 from raytron.actors.keeper import fetch_through
 from raytron.actors.lease import Lease, ask_for, exit_now
+from raytron.actors.lines import Line, LineTo
 from raytron.actors.network import bind_to
 from raytron.actors.seat import Seat
 from raytron.actors.versions import Versions, versions
@@ -127,6 +128,7 @@ class Orders:
     retrace: bool  # whether comparisons of replicas tell of each rank's own gradients, too
     skip: tuple[int, ...]  # steps that use up their samples and change nothing: those that the run was rolled back for
     seats: tuple[Seat, ...]  # of the whole gang
+    line: LineTo | None  # to the controller
 
 
 class Beat(NamedTuple):
@@ -176,9 +178,19 @@ class Reached(NamedTuple):
 class Worker:
     """A rank. `open_trainer` is given once; a worker may be built many times, after others were lost."""
 
-    def __init__(self, number: int, open_trainer: OpenTrainer, seat: Seat, controller: str, lease_s: float):
-        """controller: the name of the actor that it works for; lease_s: how long it goes on without it."""
+    def __init__(
+        self,
+        number: int,
+        open_trainer: OpenTrainer,
+        seat: Seat,
+        controller: str,
+        lease_s: float,
+        line: LineTo | None = None,
+    ):
+        """controller: the name of the actor that it works for; lease_s: how long it goes on without it; line: see
+        `raytron.actors.lines`."""
         self.number, self.seat = number, seat
+        self._line = None if line is None else Line(line, worker_name(number))
         self._orders: Orders | None = None
         self._lease = Lease(ask_for(controller), lease_s, self._end)
         self.rank, self.shape = -1, MeshShape()
@@ -201,6 +213,8 @@ class Worker:
     def build(self, orders: Orders, memory: MemoryGeneration | None = None) -> Built:
         """Joins the mesh of an epoch, opens its trainer, and goes on from memory or a generation."""
         self.rank, self.shape, self._orders = orders.rank, orders.plan.mesh, orders
+        if orders.line is not None and (self._line is None or self._line.to != orders.line):
+            self._line = Line(orders.line, worker_name(self.number))  # the controller was started again
         self._drop()
         config = orders.plan.config
         with self._telling("building"):
@@ -405,6 +419,11 @@ class Worker:
         time.sleep(0.2)  # let this rank's own error reach the controller first
         with self._leaving:
             close_world()
+
+
+def worker_name(number: int) -> str:
+    """What a worker calls itself on its line."""
+    return f"worker-{number}"
 
 
 def end_process(pid: int) -> None:

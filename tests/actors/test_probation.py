@@ -83,7 +83,7 @@ def test_what_was_demoted_is_not_used_and_a_later_mesh_is_when_it_has_trained(mo
 
     held = [SimpleNamespace(epoch=epoch, step=step) for epoch in (1, 2, 3) for step in (4, 5, 6, 7, 8)]
     monkeypatch.setattr("raytron.actors.tiers.choose_told", choose)
-    monkeypatch.setattr(memory, "_ask", lambda method: {"node": SimpleNamespace(held=held, passed_over=[])})
+    monkeypatch.setattr(memory, "_ask", lambda method, **_: {"node": SimpleNamespace(held=held, passed_over=[])})
     memory.newest(8)
     memory.stood(4)
     memory.newest(8)

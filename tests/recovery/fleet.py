@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 from raytron.actors.controller import Seams
 from raytron.actors.run import launch
 from raytron.testing.faults import Faults
+from raytron.testing.nodes import lose
 
 DRAIN_PREEMPTION = 2  # what Ray calls the reason
 NOTICE_S = 30
@@ -38,12 +39,15 @@ def main() -> None:
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": {**fast, "worker_niceness": 0}},
     )
+    head = cluster.head_node.node_id
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
     config = configured(dataset, folder / "run", "fleet", **CHANGES, **{"cluster.address": cluster.address})
     faults = Faults(["slow rank 0 in every forward"], folder / "faults")
     with launch(config, seams=Seams(open_trainer=faults)) as run:
         reach(run, 3)
         ids = {node.node_id: node for node in nodes}
+        call = run._controller.__ray_call__.options(concurrency_group="ctl")
+        controller = ray.get(call.remote(lambda self: ray.get_runtime_context().get_node_id()))
         busy = [facts for facts in run.events() if facts["event"] == "workers"][-1]["nodes"]
         victim = ids[busy["1"]]
         if what == "drain":
@@ -54,13 +58,14 @@ def main() -> None:
             )
             assert accepted, why
         elif what == "kill":
-            cluster.remove_node(victim, allow_graceful=False)
+            lose(cluster, victim)
         story = told(run, run.wait(timeout_s=180))
     ray.shutdown()
     cluster.shutdown()
     left = [path.name for path in Path("/dev/shm").glob("raytron-fleet-*")]
     answer = {"losses": story.result.losses, "restarts": story.result.restarts, "events": story.events, "left": left}
-    (folder / "answer.json").write_text(json.dumps({**answer, "victim": victim.node_id}))
+    answer |= {"victim": victim.node_id, "controller": controller, "head": head}
+    (folder / "answer.json").write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

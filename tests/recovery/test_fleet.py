@@ -28,7 +28,11 @@ def test_a_node_that_leaves(corpus_dataset, undisturbed, tmp_path, what, restart
     story = {event["event"]: event for event in answer["events"]}
     assert answer["losses"] == undisturbed(**{"mesh.dp": 2, "steps": 16}).result.losses
     assert answer["restarts"] == restarts
+    assert answer["controller"] == answer["head"], "where it was launched, and on no node that may be lost"
     assert answer["victim"] not in story["workers"]["nodes"].values()
     assert story["workers"]["source"] == "memory"
     assert ("notice" in story) == (what == "drain")
+    if what == "kill":
+        assert story["lost"]["cause"] == "the node is gone", "its connections tell before Ray does"
+        assert story["node"]["node"] == answer["victim"]
     assert "redo" not in story or story["redo"]["last"] == story["redo"]["first"]
