@@ -4,9 +4,9 @@
                   ▲                                      │ workers are lost, a node will leave, another mesh is wanted
                   └───── survivors stay, go on from the newest good state ◄──────────────┘
 
-It holds the rendezvous store (so rank 0 may die), writes metrics.jsonl and events.jsonl, and answers clients in the `ctl`
-group while it works. Its only talk with running workers is twice a second: what happened, and what is asked for. It may die,
-too: Ray starts it again, and it adopts the workers, which have trained on (`raytron.actors.adoption`).
+It holds the rendezvous store (so rank 0 may die), writes metrics.jsonl and events.jsonl, and answers clients while it works
+(`raytron.actors.desk`). Its only talk with running workers is twice a second: what happened, and what is asked for. It may
+die, too: Ray starts it again, and it adopts the workers, which have trained on (`raytron.actors.adoption`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,35 +27,29 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raytron.actors import adoption, patience
 from raytron.actors.budget import Budget, Kind
-from raytron.actors.chronicle import Chronicle, Cursor, News
 from raytron.actors.cluster import draining, living, survey
-from raytron.actors.control import control
+from raytron.actors.desk import Desk
 from raytron.actors.exhausted import Exhaustion
 from raytron.actors.gang import ROOM_S, Gang, failed
 from raytron.actors.health import Health
-from raytron.actors.lines import Lines
 from raytron.actors.memory_records import untold
-from raytron.actors.moves import Moves, Wanted
+from raytron.actors.moves import Moves
 from raytron.actors.patience import Patience
 from raytron.actors.probation import Probation
 from raytron.actors.recovery import WorkersLost, first_line
 from raytron.actors.supervisor import Supervisor
-from raytron.actors.tiers import Memory
 from raytron.actors.worker import Beat, OpenTrainer, Orders, Request, worker_name
-from raytron.checkpoint.catalog import Generation, committed, newest_good, note_validation, prune
+from raytron.checkpoint.catalog import Generation, committed
 from raytron.checkpoint.sources import MemoryGeneration
-from raytron.config import RunConfig, flatten, to_mapping
+from raytron.config import RunConfig
 from raytron.data.blend_check import epochs_notice
 from raytron.data.ensure import ensure_data
-from raytron.data.recipe import Recipe
 from raytron.data.run_data import RunData, open_run_data
 from raytron.errors import (
-    CheckpointError,
     ClusterError,
     ConfigError,
     GuardError,
     OutOfMemoryError,
-    Problem,
     RaytronError,
     WorkerError,
 )
@@ -79,8 +72,6 @@ from raytron.training.run_directory import RunDirectory
 LONGEST_SEGMENT = 1000  # steps
 Source = MemoryGeneration | Generation | None  # of a state to go on from
 LEAVE_S = 8.0  # for survivors to come back from a broken collective
-DATA_KEYS = ("data.dataset", "data.blend", "data.blend_block", "data.stages")
-REMESHED = ("mesh.", "pipeline.", "data_parallel.", "memory.", "micro_batch_size")  # keys that may change in a live run
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class Seams:
     linger_s: float = 120.0  # how long the controller of a detached run tells of the end
 
 
-class Controller:
+class Controller(Desk):
     """One run. config: settled (`raytron.training.run_directory.settle`); place: the folder that relative paths mean."""
 
     def __init__(self, config: RunConfig, place: str, seams: Seams | None = None):
@@ -101,35 +92,22 @@ class Controller:
         self._again = ray.get_runtime_context().was_current_actor_reconstructed
         if self._again:  # a re-mesh may have changed it since
             config = RunDirectory.of(config).stored() or config
-        self.config, self.seams = config, seams or Seams()
-        self.directory = RunDirectory.of(config)
-        self.chronicle = Chronicle(config, self.directory)
+        super().__init__(config)
+        self.seams = seams or Seams()
         self.patience = Patience(config.cluster.timeout_s, config.recovery.heartbeat_s)
         self.budget = Budget(config.recovery.max_restarts, config.recovery.window_s)
-        self.lines = Lines(ray.util.get_node_ip_address())
-        self.memory = Memory(config.name, config.recovery, self._say, self.lines)
         self.health = Health(config.guard, self._say)
         self.probation = Probation()
         self.exhaustion = Exhaustion(config.recovery)
-        self._phase, self._asked = "starting", Request.NONE
-        self._plan: Plan | None = None
-        self._wanted: Wanted | None = None  # the plan to go on with
         self._relieved: Plan | None = None  # the plan to go on with after a loss, since memory ran out
         self._measure = config.pipeline.schedule == "auto"  # until this launch has chosen
-        self._gang: Gang | None = None
-        self._moves: Moves | None = None
         self._supervisor: Supervisor | None = None
-        self._step = self._epoch = self._restarts = 0
+        self._epoch = 0
         self._recorded = 0  # the newest step of this epoch that was recorded
         self._stood = 0  # the newest epoch that was built
         self._choose_at: int | None = None  # the step at which `schedule: auto` has been measured
-        self._saved: int | None = None  # the step of the newest checkpoint
-        self._newest: tuple[int, Path] | None = None  # of this launch: its step and place
-        self._validated: dict[int, float] = {}  # validation losses by step, of steps without a checkpoint yet
-        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="sweeper")
         self._skip: set[int] = set()  # steps that the run was rolled back for
         self._back_to: int | None = None  # the newest step that may be gone on from
-        self._outcome: Result | Exception | None = None
         if self._again:  # nobody calls `fit` a second time, and a call of its own, made here, may get lost in Ray
             threading.Thread(target=self.fit, name="fit", daemon=True).start()
 
@@ -222,7 +200,7 @@ class Controller:
         self._epoch = self._stood = orders.epoch
         self._skip, self._measure = set(orders.skip), False
         self._step = self._recorded = self.chronicle.last_step
-        self._saved = getattr(self.directory.newest(), "step", None)
+        self.checkpoints.step = getattr(self.directory.newest(), "step", None)
         told = adoption.losses(adoption.of_this_launch(read_records(self.directory.events)))
         self.budget.restore(told)
         self._restarts = len(told)
@@ -255,7 +233,7 @@ class Controller:
         self.probation.stands()
         self.memory.stood(self._step)
         self._back_to = None
-        self._saved = source.step if isinstance(source, Generation) else self._saved
+        self.checkpoints.step = source.step if isinstance(source, Generation) else self.checkpoints.step
         if built[0].problem is not None:
             self._say("memory", f"no copies of the state in memory: {built[0].problem}")
         elif self.memory.on:
@@ -336,7 +314,7 @@ class Controller:
             if after is not None:
                 self._leave()
                 return after
-        if self._saved != self._step:
+        if self.checkpoints.step != self._step:
             self._save(wait=True)
         return None
 
@@ -344,7 +322,7 @@ class Controller:
         """All ranks leave the mesh, their state in memory or else saved."""
         self._together("settle", lambda rank: (), patience.SAVING)
         self._listen()
-        if not self.memory.on and self._saved != self._step:
+        if not self.memory.on and self.checkpoints.step != self._step:
             self._save(wait=True)
         self._together("leave", lambda rank: (self.memory.on,), patience.SAVING)
 
@@ -370,35 +348,11 @@ class Controller:
         return None if after is plan else after
 
     def _save(self, *, wait: bool = False) -> None:
-        """Begins a checkpoint; `_reported` hears how it ended. wait: until it is committed, or raise."""
+        """Begins a checkpoint; reports say how it ended. wait: until it is committed, or raise."""
         self._enter("saving")
         self._together("save", lambda rank: (self.directory.checkpoints, wait), patience.SAVING)
         if wait:
             self._listen()
-
-    def _reported(self, report: Record) -> None:
-        """A checkpoint has ended, well or badly."""
-        step, path = int(report["step"]), Path(report["path"])
-        facts = {key: value for key, value in report.items() if key != "event"}
-        if report["event"] != "checkpoint":
-            self._say("checkpoint_failed", f"the checkpoint of step {step} failed: {report['error']}", **facts)
-            return
-        self._saved = step
-        stalled = f", {report['stall_s']:.2f} s of them in the way" if self.config.checkpoint.background else ""
-        self._say("checkpoint", f"checkpoint of step {step} in {report['seconds']:.1f} s{stalled}", **facts)
-        self._newest = step, path
-        self._note_validation()
-        keep = self.config.checkpoint
-        self._sweeper.submit(
-            prune, self.directory.checkpoints, keep.keep_last, keep_every=keep.keep_every, keep_best=keep.keep_best,
-            digests=False,
-        )  # fmt: skip
-
-    def _note_validation(self) -> None:
-        """Beside the newest checkpoint its validation loss, once both are there."""
-        if self._newest is not None and self._newest[0] in self._validated:
-            step, path = self._newest
-            note_validation(path, self._validated.pop(step))
 
     def _evaluate(self) -> None:
         self._enter("evaluating")
@@ -406,8 +360,7 @@ class Controller:
         text = f"validation loss {record['validation_loss']:.4f} at step {self._step}"
         named = [f"{key.removeprefix(NAMED)} {loss:.4f}" for key, loss in record.items() if key.startswith(NAMED)]
         self._say("evaluate", text + (f": {', '.join(named)}" if named else ""), **record)
-        self._validated[self._step] = record["validation_loss"]
-        self._note_validation()
+        self.checkpoints.validated(self._step, record["validation_loss"])
 
     def _recover(self, plan: Plan, lost: WorkersLost) -> Plan:
         """After a loss: who comes back stays, who does not is killed; then the next plan. Raises where it is hopeless."""
@@ -521,7 +474,7 @@ class Controller:
         if self._gang is not None:
             self._gang.close()
         self.memory.close()
-        self._sweeper.shutdown()
+        self.checkpoints.close()
         self.lines.close()
         self.chronicle.close()
         self._enter("over")
@@ -534,19 +487,6 @@ class Controller:
 
     # ---- what the story is made of
 
-    def _generation(self, data: RunData, up_to: int | None) -> Generation | None:
-        """The newest generation of at most step `up_to` that verifies; damaged ones are told of. Raises for one of other
-        data."""
-        generation = newest_good(self.directory.checkpoints, self._damaged, up_to=up_to)
-        recorded = None if generation is None else Recipe.recorded(generation.facts)
-        if generation is None or recorded is None or {"data", *DATA_KEYS} & set(self.config.resume.allow):
-            return generation
-        differs = recorded.difference(data.recipe, int(generation.facts["consumed"]))
-        if differs is None:
-            return generation
-        what = f"the data is not what {generation.path.name} was trained on: {differs}"
-        raise ConfigError([Problem("data", what, "use the old data, another run_dir, or resume.allow=data")])
-
     def _source(self, data: RunData) -> Source:
         """The newest good state: in memory, on disk, or none. No step of which there is no record."""
         memory = self._in_memory()
@@ -556,7 +496,9 @@ class Controller:
         up_to = self._recorded if self._back_to is None else self._back_to
         if memory is not None and memory.step == up_to:
             return memory
-        disk = self._generation(data, self._recorded if self._stood and self._back_to is None else self._back_to)
+        disk = self.checkpoints.newest_good(
+            data, self._recorded if self._stood and self._back_to is None else self._back_to
+        )
         return memory if memory is not None and (disk is None or memory.step >= disk.step) else disk
 
     def _in_memory(self) -> MemoryGeneration | None:
@@ -574,9 +516,6 @@ class Controller:
             return found
         self._back_to = sick.back_to  # these records say that the state is wrong
         return self.memory.newest(self._back_to)
-
-    def _damaged(self, path: Path, error: CheckpointError) -> None:
-        self._say("damaged", f"passed over {path.name}: {error}", path=str(path))
 
     def _rewind(self, step: int) -> None:
         """Takes back the records of steps after `step`: they will be done again."""
@@ -676,11 +615,6 @@ class Controller:
         self._back_to = since if self._back_to is None else min(since, self._back_to)
         return True
 
-    def _want(self, wanted: Wanted) -> None:
-        """Another plan, from the next step on."""
-        self._wanted = wanted
-        self._asked |= Request.PAUSE
-
     def _listen(self) -> None:
         """Hears what rank 0 has to tell by now."""
         assert self._supervisor is not None
@@ -694,7 +628,7 @@ class Controller:
         self._hear(beat.records)
         self.health.busy(rank, beat.busy)
         for report in beat.reports:
-            self._reported(report)
+            self.checkpoints.reported(report)
 
     def _hear(self, records: Iterable[Record]) -> None:
         """Records of steps, in order; those that are known already are passed over."""
@@ -722,90 +656,6 @@ class Controller:
 
     def _preparing(self, fraction: float, message: str) -> None:
         self.chronicle.whisper("preparing", message, fraction=fraction)
-
-    def _say(self, kind: str, message: str, **facts: Any) -> None:
-        self.chronicle.say(kind, message, **facts)
-
-    # ---- what clients ask, at any time
-
-    @control
-    def status(self) -> Record:
-        """Where the run stands."""
-        last = self.chronicle.last
-        return {
-            "name": self.config.name,
-            "phase": self._phase,
-            "step": int(last.get("step", self._step)),
-            "steps": self.config.steps,
-            "loss": last.get("loss"),
-            "tokens_per_s": last.get("tokens_per_s"),
-            "step_time_s": last.get("step_time_s"),
-            "mesh": None if self._plan is None else str(self._plan.mesh),
-            "workers": 0 if self._gang is None else len(self._gang.ranks),
-            "spares": 0 if self._gang is None else len(self._gang.spares),
-            "restarts": self._restarts,
-            "checkpoint_step": self._saved or None,
-            "run_dir": self.config.run_dir,
-        }
-
-    @control
-    def lives(self) -> bool:
-        """A sign of life, for those whose lease it renews."""
-        return True
-
-    @control
-    def drain(self, cursor: Cursor) -> News:
-        """What happened since `cursor`."""
-        return self.chronicle.since(cursor, self._outcome is not None)
-
-    @control
-    def request(self, request: int) -> str:
-        """Asks for a checkpoint or a stop (with a checkpoint); returns the phase that it met."""
-        self._asked |= Request(request)
-        return self._phase
-
-    @control
-    def remesh(self, overrides: dict[str, Any]) -> str:
-        """Asks for another mesh, from the next step on; returns the page of its plan.
-
-        Raises ConfigError where the keys may not change in a live run, or the plan has problems.
-        """
-        found = [
-            Problem(key, "can't be changed while the run is at work", "stop the run, and start it again with it")
-            for key in overrides
-            if not key.startswith(REMESHED)
-        ]
-        if found:
-            raise ConfigError(found)
-        config = self.config.replace(**overrides)
-        changed = flatten(to_mapping(config)) != flatten(to_mapping(self.config))
-        plan = make_plan(config, survey())
-        if changed:
-            self.config = config
-            self.directory.write_config(config)
-            if self._moves is not None:
-                self._moves.begin(config, plan)
-            self._want(Wanted(plan, "as asked"))
-        return str(plan)
-
-    @control
-    def stacks(self) -> dict[int, str]:
-        """The stacks of all threads of all workers that answer within 5 s."""
-        calls = {} if self._gang is None else {w.stacks.remote(): rank for rank, w in self._gang.workers.items()}
-        done = ray.wait(list(calls), num_returns=len(calls), timeout=5.0)[0] if calls else []
-        return {calls[call]: ray.get(call) for call in done if not failed(call)}
-
-    @control
-    def clear(self) -> None:
-        """Ends all workers and keepers, and what they have in memory, at once: this run is given up."""
-        if self._gang is not None:
-            self._gang.close()
-        self.memory.close()
-
-    @control
-    def outcome(self) -> Result | Exception | None:
-        """How the run ended; None: it goes on."""
-        return self._outcome
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -1,0 +1,137 @@
+"""The desk of a run: what its clients ask, and what they ask for, at any time and whatever the run is doing.
+
+    client ──► desk, in the group `ctl`          answers at once, from what the run has put there
+                 ▲ phase, plan, step, outcome     │ stop, checkpoint, another mesh
+                 └────────── the story ◄──────────┘ looks twice a second (`raytron.actors.controller`)
+
+A client may go and come back: nothing here belongs to one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from raytron.actors.checkpoints import Checkpoints
+from raytron.actors.chronicle import Chronicle, Cursor, News
+from raytron.actors.cluster import survey
+from raytron.actors.control import control
+from raytron.actors.gang import Gang, failed
+from raytron.actors.lines import Lines
+from raytron.actors.moves import Moves, Wanted
+from raytron.actors.tiers import Memory
+from raytron.actors.worker import Request
+from raytron.config import RunConfig, flatten, to_mapping
+from raytron.errors import ConfigError, Problem
+from raytron.observe.records import Record
+from raytron.observe.result import Result
+from raytron.plan.plan import Plan, make_plan
+from raytron.training.run_directory import RunDirectory
+
+REMESHED = ("mesh.", "pipeline.", "data_parallel.", "memory.", "micro_batch_size")  # keys that may change in a live run
+
+
+class Desk:
+    """Of one run. config: settled (`raytron.training.run_directory.settle`); a re-mesh changes it."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.directory = config, RunDirectory.of(config)
+        self.chronicle = Chronicle(config, self.directory)
+        self.lines = Lines(ray.util.get_node_ip_address())
+        self.memory = Memory(config.name, config.recovery, self._say, self.lines)
+        self.checkpoints = Checkpoints(config, self.directory, self._say)
+        self._phase, self._asked = "starting", Request.NONE
+        self._plan: Plan | None = None
+        self._wanted: Wanted | None = None  # the plan to go on with
+        self._gang: Gang | None = None
+        self._moves: Moves | None = None
+        self._step = self._restarts = 0
+        self._outcome: Result | Exception | None = None
+
+    def _say(self, kind: str, message: str, **facts: Any) -> None:
+        self.chronicle.say(kind, message, **facts)
+
+    def _want(self, wanted: Wanted) -> None:
+        """Another plan, from the next step on."""
+        self._wanted = wanted
+        self._asked |= Request.PAUSE
+
+    @control
+    def status(self) -> Record:
+        """Where the run stands."""
+        last = self.chronicle.last
+        return {
+            "name": self.config.name,
+            "phase": self._phase,
+            "step": int(last.get("step", self._step)),
+            "steps": self.config.steps,
+            "loss": last.get("loss"),
+            "tokens_per_s": last.get("tokens_per_s"),
+            "step_time_s": last.get("step_time_s"),
+            "mesh": None if self._plan is None else str(self._plan.mesh),
+            "workers": 0 if self._gang is None else len(self._gang.ranks),
+            "spares": 0 if self._gang is None else len(self._gang.spares),
+            "restarts": self._restarts,
+            "checkpoint_step": self.checkpoints.step or None,
+            "run_dir": self.config.run_dir,
+        }
+
+    @control
+    def lives(self) -> bool:
+        """A sign of life, for those whose lease it renews."""
+        return True
+
+    @control
+    def drain(self, cursor: Cursor) -> News:
+        """What happened since `cursor`."""
+        return self.chronicle.since(cursor, self._outcome is not None)
+
+    @control
+    def request(self, request: int) -> str:
+        """Asks for a checkpoint or a stop (with a checkpoint); returns the phase that it met."""
+        self._asked |= Request(request)
+        return self._phase
+
+    @control
+    def remesh(self, overrides: dict[str, Any]) -> str:
+        """Asks for another mesh, from the next step on; returns the page of its plan.
+
+        Raises ConfigError where the keys may not change in a live run, or the plan has problems.
+        """
+        found = [
+            Problem(key, "can't be changed while the run is at work", "stop the run, and start it again with it")
+            for key in overrides
+            if not key.startswith(REMESHED)
+        ]
+        if found:
+            raise ConfigError(found)
+        config = self.config.replace(**overrides)
+        changed = flatten(to_mapping(config)) != flatten(to_mapping(self.config))
+        plan = make_plan(config, survey())
+        if changed:
+            self.config = config
+            self.directory.write_config(config)
+            if self._moves is not None:
+                self._moves.begin(config, plan)
+            self._want(Wanted(plan, "as asked"))
+        return str(plan)
+
+    @control
+    def stacks(self) -> dict[int, str]:
+        """The stacks of all threads of all workers that answer within 5 s."""
+        calls = {} if self._gang is None else {w.stacks.remote(): rank for rank, w in self._gang.workers.items()}
+        done = ray.wait(list(calls), num_returns=len(calls), timeout=5.0)[0] if calls else []
+        return {calls[call]: ray.get(call) for call in done if not failed(call)}
+
+    @control
+    def clear(self) -> None:
+        """Ends all workers and keepers, and what they have in memory, at once: this run is given up."""
+        if self._gang is not None:
+            self._gang.close()
+        self.memory.close()
+
+    @control
+    def outcome(self) -> Result | Exception | None:
+        """How the run ended; None: it goes on."""
+        return self._outcome
