@@ -368,6 +368,10 @@ class ObserveConfig:
     tensorboard: bool = False
     ray_metrics: bool = True
     trace_steps: tuple[int, ...] | None = None  # [first, last] step whose actions are traced, into run_dir/trace
+    port: int | None = (
+        None  # of the run's status endpoint, where its controller is; 0: any free one; None: there is none
+    )
+    host: str = "127.0.0.1"  # that it listens on; others than loopback only where Ray has a token
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,7 @@ RANGES: tuple[Range, ...] = (
     *_more_than_zero("guard.spike"),
     Range("guard.straggler_ratio", 1, open_low=True),
     *_at_least(10, "guard.spike_window"),
+    Range("observe.port", 0, 65535),
 )
 
 
@@ -825,7 +826,15 @@ FIM_TOKENS = ("data.fim.prefix", "data.fim.middle", "data.fim.suffix")
 
 def _texts(config: RunConfig) -> Iterator[Problem]:
     for key, value in flatten(to_mapping(config)).items():
-        needed = key in ("name", "run_dir", "data.text_key", "data.messages_key", "data.tokenizer.eod", *FIM_TOKENS)
+        needed = key in (
+            "name",
+            "run_dir",
+            "observe.host",
+            "data.text_key",
+            "data.messages_key",
+            "data.tokenizer.eod",
+            *FIM_TOKENS,
+        )
         optional = key in (
             "data.dataset", "data.chat_template", "data.tokenizer.path", "data.tokenizer.pattern",
             "evaluate.prompt", "cluster.address",
@@ -1019,6 +1028,13 @@ UNUSED: tuple[Unused, ...] = (
         lambda config: config.elastic.on,
         "where the number of workers does not change",
         "set elastic.min_workers or elastic.max_workers",
+    ),
+    Unused(
+        "observe.host",
+        "observe.port",
+        lambda config: config.observe.port is not None,
+        "where nothing listens",
+        "set observe.port",
     ),
     Unused(
         "lr.stable_fraction",

@@ -108,6 +108,12 @@ def of_this_launch(events: Sequence[Record]) -> list[Record]:
     return list(events[first:])
 
 
+def lost(events: Iterable[Record]) -> list[Record]:
+    """The losses that events tell of, as a status does: step, ranks, why."""
+    told = [event for event in events if event["event"] == "lost"]
+    return [{"step": event["step"], "ranks": event["ranks"], "why": event["cause"]} for event in told]
+
+
 def losses(events: Iterable[Record]) -> list[tuple[str, int, str, float]]:
     """The losses that events tell of, as a budget takes them (`raytron.actors.budget.Budget.restore`)."""
     found = []

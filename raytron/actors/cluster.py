@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
+from ray import _raylet  # nothing public gives the token
 from ray._private import state as ray_state  # no public call tells what is free on each node
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]  # nothing public rereads the environment
 
@@ -93,6 +94,13 @@ def follow_auth(mode: str | None) -> None:
     if mode and AUTH_MODE not in os.environ:
         os.environ[AUTH_MODE] = mode
         RayConfig.initialize("")
+
+
+def token() -> str:
+    """What this Ray asks of its clients (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token); "" where it asks for
+    nothing (RAY_AUTH_MODE)."""
+    loader = getattr(_raylet, "AuthenticationTokenLoader", None)  # older versions of Ray ask for none
+    return "" if loader is None else str(loader.instance().get_raw_token())
 
 
 def controller_name(run: str) -> str:

@@ -102,7 +102,6 @@ class Controller(Desk):
         self._relieved: Plan | None = None  # the plan to go on with after a loss, since memory ran out
         self._measure = config.pipeline.schedule == "auto"  # until this launch has chosen
         self._supervisor: Supervisor | None = None
-        self._epoch = 0
         self._recorded = 0  # the newest step of this epoch that was recorded
         self._stood = 0  # the newest epoch that was built
         self._choose_at: int | None = None  # the step at which `schedule: auto` has been measured
@@ -119,6 +118,7 @@ class Controller(Desk):
     def fit(self) -> None:
         """The whole run. Its outcome, a Result or an exception, is fetched with `outcome`."""
         try:
+            self._open_endpoint()
             if self._again and (ended := self._ended()) is not None:
                 self._finish(ended)
                 return
@@ -140,6 +140,15 @@ class Controller(Desk):
             self._finish(self._complete())
         except Exception as error:
             self._finish(self._failed(error))
+
+    def _open_endpoint(self) -> None:
+        """As the configuration asks. A run that has been at work goes on where it can't be opened again."""
+        try:
+            self._listen_at()
+        except ConfigError as error:
+            if not self._again:
+                raise
+            self._say("endpoint_failed", f"no status endpoint: {error.problems[0].what}")
 
     def _prepare(self) -> RunData:
         """The data, made now if it is not there."""
@@ -201,9 +210,11 @@ class Controller(Desk):
         self._skip, self._measure = set(orders.skip), False
         self._step = self._recorded = self.chronicle.last_step
         self.checkpoints.step = getattr(self.directory.newest(), "step", None)
-        told = adoption.losses(adoption.of_this_launch(read_records(self.directory.events)))
+        events = adoption.of_this_launch(read_records(self.directory.events))
+        told = adoption.losses(events)
         self.budget.restore(told)
         self._restarts = len(told)
+        self._lost.extend(adoption.lost(events))
         self._open_gang(plan)
         assert self._gang is not None
         self._gang.adopt(heirs.ranks, heirs.spares, orders.seats)
@@ -367,6 +378,7 @@ class Controller(Desk):
         self._restarts += 1
         facts = {"ranks": list(lost.ranks), "why": str(lost), "loss": str(lost.kind), "cause": lost.why}
         self._say("lost", f"lost {lost}" if lost.ranks else str(lost), **facts, step=self._recorded)
+        self._lost.append({"step": self._recorded, "ranks": list(lost.ranks), "why": lost.why})
         self._enter("recovering")
         assert self._gang is not None
         gang = self._gang

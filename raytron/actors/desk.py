@@ -4,18 +4,21 @@
                  ▲ phase, plan, step, outcome     │ stop, checkpoint, another mesh
                  └────────── the story ◄──────────┘ looks twice a second (`raytron.actors.controller`)
 
-A client may go and come back: nothing here belongs to one.
+A client may go and come back: nothing here belongs to one. With `observe.port` the desk answers over HTTP, too
+(`raytron.observe.endpoint`).
 """
 
 from __future__ import annotations
 
+import socket
+from collections import deque
 from typing import Any
 
 import ray
 
 from raytron.actors.checkpoints import Checkpoints
 from raytron.actors.chronicle import Chronicle, Cursor, News
-from raytron.actors.cluster import survey
+from raytron.actors.cluster import survey, token
 from raytron.actors.control import control
 from raytron.actors.gang import Gang, failed
 from raytron.actors.lines import Lines
@@ -24,11 +27,13 @@ from raytron.actors.tiers import Memory
 from raytron.actors.worker import Request
 from raytron.config import RunConfig, flatten, to_mapping
 from raytron.errors import ConfigError, Problem
+from raytron.observe.endpoint import Endpoint
 from raytron.observe.records import Record
 from raytron.observe.result import Result
 from raytron.plan.plan import Plan, make_plan
 from raytron.training.run_directory import RunDirectory
 
+SHOWN = 10  # losses
 REMESHED = ("mesh.", "pipeline.", "data_parallel.", "memory.", "micro_batch_size")  # keys that may change in a live run
 
 
@@ -46,7 +51,9 @@ class Desk:
         self._wanted: Wanted | None = None  # the plan to go on with
         self._gang: Gang | None = None
         self._moves: Moves | None = None
-        self._step = self._restarts = 0
+        self._step = self._epoch = self._restarts = 0
+        self._lost: deque[Record] = deque(maxlen=SHOWN)  # the newest losses
+        self._endpoint: Endpoint | None = None
         self._outcome: Result | Exception | None = None
 
     def _say(self, kind: str, message: str, **facts: Any) -> None:
@@ -75,7 +82,27 @@ class Desk:
             "restarts": self._restarts,
             "checkpoint_step": self.checkpoints.step or None,
             "run_dir": self.config.run_dir,
+            "endpoint": None if self._endpoint is None else self._endpoint.address,
         }
+
+    def facts(self) -> Record:
+        """The status, and what is for machines to read: the epoch, who has which rank, the newest losses."""
+        ranks = {} if self._gang is None else self._gang.facts
+        where = {rank: {"host": each.host, "node": each.node_id, "pid": each.pid} for rank, each in ranks.items()}
+        return {**self.status(), "epoch": self._epoch, "ranks": where, "lost": list(self._lost)}
+
+    def _listen_at(self) -> None:
+        """Opens the status endpoint, where the configuration asks for one. Raises ConfigError where it can't, or may not."""
+        asked, secret = self.config.observe, token()
+        if asked.port is None:
+            return
+        self._endpoint = Endpoint(
+            self.facts, lambda: self.chronicle.last, self.directory.events,
+            host=asked.host, port=asked.port, token=secret,
+        )  # fmt: skip
+        address, host = self._endpoint.address, socket.gethostname()
+        text = f"status endpoint: {address} on {host}" + (", with Ray's token" if secret else "")
+        self._say("endpoint", text, address=address, host=host, token=bool(secret))
 
     @control
     def lives(self) -> bool:
