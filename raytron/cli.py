@@ -174,6 +174,29 @@ def stop(given: argparse.Namespace) -> int:
     return 0
 
 
+def pause(given: argparse.Namespace) -> int:
+    return _steer(given, lambda run: run.pause(), "pauses after the step that is under way")
+
+
+def resume(given: argparse.Namespace) -> int:
+    return _steer(given, lambda run: run.resume(), "goes on")
+
+
+def set_lr(given: argparse.Namespace) -> int:
+    keys = parse_overrides(given.overrides)
+    return _steer(given, lambda run: run.set_lr(**keys), "has another learning rate from its next step on")
+
+
+def _steer(given: argparse.Namespace, ask: Callable[[Any], None], what: str) -> int:
+    run = lazy("attach")(given.run, given.address)
+    try:
+        ask(run)
+        print(f"{run.name} {what}")
+    finally:
+        run.close()
+    return 0
+
+
 def remesh(given: argparse.Namespace) -> int:
     run = lazy("attach")(given.run, given.address)
     try:
@@ -213,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(command.__name__.rstrip("_"), help=text, description=text)
+        made = commands.add_parser(command.__name__.rstrip("_").replace("_", "-"), help=text, description=text)
         made.set_defaults(command=command)
         return made
 
@@ -265,16 +288,22 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "target", metavar="PREFIX", help="of PREFIX-train.bin and .idx, and PREFIX-validation.bin and .idx"
     )
-    made = add(remesh, "give a run at work another mesh, live, from its next step on")
-    made.add_argument("run", metavar="RUN", help="the name of a run, or its directory")
-    made.add_argument("overrides", metavar="key=value", nargs="+", help="e.g. mesh.tp=4 mesh.dp=1")
-    made.add_argument("--address", help="of the Ray cluster; else the run directory or RAY_ADDRESS tells")
-    for command, text in ((status, "show where a run, or every run, stands"), (stop, "make a run save and stop")):
+    for command, text, example in (
+        (status, "show where a run, or every run, stands", None),
+        (stop, "make a run save and stop", None),
+        (pause, "make a run wait after the step that is under way, its workers ready", None),
+        (resume, "let a paused run go on", None),
+        (set_lr, "give a run at work another learning rate, from its next step on", "peak=1e-4 final=1e-5"),
+        (remesh, "give a run at work another mesh, live, from its next step on", "mesh.tp=4 mesh.dp=1"),
+    ):
         made = add(command, text)
         run = made.add_argument("run", metavar="RUN", help="the name of a run, or its directory")
         run.nargs = "?" if command is status else None
         made.add_argument("--address", help="of the Ray cluster; else the run directory or RAY_ADDRESS tells")
-        made.add_argument(*(("--json",) if command is status else ("--wait",)), action="store_true")
+        if example is not None:
+            made.add_argument("overrides", metavar="key=value", nargs="+", help=f"e.g. {example}")
+        elif command in (status, stop):
+            made.add_argument("--json" if command is status else "--wait", action="store_true")
     return parser
 
 

@@ -225,6 +225,24 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LearningRateChange:
+    """Another learning rate from one step on, in the keys that are given; earlier steps stay as they were."""
+
+    start_step: int | None = None  # begins after so many steps
+    peak: float | None = None
+    final: float | None = None
+    decay: DecayName | None = None
+    decay_steps: int | None = None
+    stable_fraction: float | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that change, and their values."""
+        keys = (item.name for item in dataclasses.fields(self) if item.name != "start_step")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+
+@dataclass(frozen=True)
 class LearningRateConfig:
     peak: float = 3e-4
     final: float = 3e-5  # where cosine, linear and wsd end
@@ -232,6 +250,15 @@ class LearningRateConfig:
     decay: DecayName = "cosine"
     decay_steps: int | None = None  # the horizon; None: `steps` as they stand when the run begins, then fixed
     stable_fraction: float = 0.8  # wsd: share of the steps after warmup that stay at the peak
+    changes: tuple[LearningRateChange, ...] = ()  # on the way; a live run adds those that it is asked for (Run.set_lr)
+
+    def at(self, step: int) -> LearningRateConfig:
+        """As it stands after `step` steps."""
+        changed = self
+        for change in self.changes:
+            if change.start_step is not None and change.start_step <= step:
+                changed = dataclasses.replace(changed, **change.given)
+        return changed
 
 
 @dataclass(frozen=True)

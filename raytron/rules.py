@@ -601,6 +601,43 @@ def _learning_rate(config: RunConfig) -> Iterator[Problem]:
         yield Problem("lr.final", f"{rate.final:g} is above the peak {rate.peak:g}", f"use at most {rate.peak:g}")
 
 
+def _learning_rate_changes(config: RunConfig) -> Iterator[Problem]:
+    before = -1
+    for number, change in enumerate(config.lr.changes):
+        where = f"lr.changes[{number}]"
+        if change.start_step is None:
+            yield Problem(where, "does not say when it begins", "set start_step")
+            continue
+        if change.start_step <= before:
+            what = f"{change.start_step} is not after {max(0, before)}, where the change before it begins"
+            remedy = "order changes by their beginning, 0 or later"
+            yield Problem(f"{where}.start_step", what if before >= 0 else f"{change.start_step} is too small", remedy)
+        before = max(before, change.start_step)
+        if not change.given:
+            yield Problem(where, "changes nothing", "give peak, final, decay, decay_steps or stable_fraction")
+        wrong = [
+            problem._replace(where=f"{where}.{key}")
+            for rule in RANGES
+            for key, value in change.given.items()
+            if rule.key == f"lr.{key}"
+            for problem in rule.check(value)
+        ]
+        yield from wrong
+        rate = config.lr.at(change.start_step)
+        horizon = rate.decay_steps or config.steps
+        if wrong:
+            continue
+        if rate.decay in ("cosine", "linear", "wsd") and rate.final > rate.peak:
+            what = f"the peak {rate.peak:g} is below the final rate {rate.final:g}"
+            yield Problem(f"{where}.peak", what, f"give final, too, of at most {rate.peak:g}")
+        if rate.warmup_steps >= horizon:
+            what = f"{_counted(horizon, 'steps')} are over before the warmup of {rate.warmup_steps}"
+            yield Problem(f"{where}.decay_steps", what, f"use at least {rate.warmup_steps + 1}")
+        if change.stable_fraction is not None and rate.decay != "wsd":
+            what = f"{change.stable_fraction:g} has no effect with other decays than wsd"
+            yield Problem(f"{where}.stable_fraction", what, "leave it out, or set decay to wsd")
+
+
 def _parameter_groups(config: RunConfig) -> Iterator[Problem]:
     for index, group in enumerate(config.optimizer.groups):
         where = f"optimizer.groups[{index}]"
@@ -1038,8 +1075,8 @@ UNUSED: tuple[Unused, ...] = (
     ),
     Unused(
         "lr.stable_fraction",
-        "lr.decay",
-        lambda config: config.lr.decay == "wsd",
+        "lr.decay lr.changes",
+        lambda config: "wsd" in (config.lr.decay, *(change.decay for change in config.lr.changes)),
         "with other decays than wsd",
         "set lr.decay to wsd",
     ),
@@ -1135,6 +1172,10 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("mesh.pp pipeline.virtual_stages memory.recompute_every", _recompute),
     ("sequence_length mesh.tp mesh.cp mesh.sequence_parallel memory.loss_chunks", _loss_chunks),
     ("steps lr.peak lr.final lr.warmup_steps lr.decay_steps lr.decay", _learning_rate),
+    (
+        "steps lr.peak lr.final lr.warmup_steps lr.decay_steps lr.decay lr.stable_fraction lr.changes",
+        _learning_rate_changes,
+    ),
     ("optimizer.groups", _parameter_groups),
     ("precision.dtype precision.moments precision.stochastic_rounding", _rounding),
     (

@@ -17,7 +17,20 @@ from raytron.observe.records import Metrics
 from raytron.training.run_directory import RunDirectory, settle
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
-COMMANDS = ("train", "plan", "tokenize", "inspect", "generate", "upcycle", "status", "stop")
+COMMANDS = (
+    "train",
+    "plan",
+    "tokenize",
+    "inspect",
+    "generate",
+    "upcycle",
+    "status",
+    "stop",
+    "pause",
+    "resume",
+    "set-lr",
+    "remesh",
+)
 NO_RAY = "import sys\nsys.modules['ray'] = None\nfrom raytron.cli import main\nsys.exit(main(sys.argv[1:]))"
 SMALL = {
     "name": "small",
@@ -253,6 +266,38 @@ def test_a_run_whose_cluster_is_gone_is_not_at_work(run, no_ray, complete):
     code, _, err = run("stop", complete)
     assert code == 1
     assert "no Ray cluster answers at 127.0.0.1:1" in err
+
+
+class Asked:
+    """A run that remembers what it was asked."""
+
+    name = "small"
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, method):
+        return lambda *arguments, **keys: self.calls.append((method, *arguments, keys))
+
+
+def test_a_run_at_work_is_paused_resumed_and_given_another_rate(run, monkeypatch):
+    asked = Asked()
+    monkeypatch.setitem(cli.LAZY, "attach", (__name__, "attach"))
+    monkeypatch.setattr(sys.modules[__name__], "attach", lambda name, address: asked, raising=False)
+    for command, overrides, says in (
+        ("pause", (), "small pauses after the step"),
+        ("resume", (), "small goes on"),
+        ("set-lr", ("peak=0.0001", "final=1e-5"), "small has another learning rate"),
+    ):
+        code, out, err = run(command, "small", *overrides)
+        assert (code, err) == (0, ""), command
+        assert says in out
+    told = [call for call in asked.calls if call[0] != "close"]
+    assert told == [("pause", {}), ("resume", {}), ("set_lr", {"peak": 1e-4, "final": "1e-5"})]
+    assert len(asked.calls) == 6
+    code, _, err = run("set-lr", "small", "peak")
+    assert code == 2
+    assert "is not of the form key=value" in err
 
 
 def test_a_mesh_larger_than_this_machine_is_refused_before_ray(run, no_ray, tmp_path):

@@ -114,6 +114,12 @@ def lost(events: Iterable[Record]) -> list[Record]:
     return [{"step": event["step"], "ranks": event["ranks"], "why": event["cause"]} for event in told]
 
 
+def is_paused(events: Sequence[Record]) -> bool:
+    """Whether a run was paused when its controller died."""
+    told = [event["event"] for event in events if event["event"] in ("paused", "resumed")]
+    return told[-1:] == ["paused"]
+
+
 def losses(events: Iterable[Record]) -> list[tuple[str, int, str, float]]:
     """The losses that events tell of, as a budget takes them (`raytron.actors.budget.Budget.restore`)."""
     found = []

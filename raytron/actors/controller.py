@@ -71,6 +71,8 @@ from raytron.training.run_directory import RunDirectory
 
 LONGEST_SEGMENT = 1000  # steps
 Source = MemoryGeneration | Generation | None  # of a state to go on from
+PAUSED = "paused"  # a phase
+ACTS = Request.STOP | Request.CHECKPOINT  # what a paused run does at once
 LEAVE_S = 8.0  # for survivors to come back from a broken collective
 
 
@@ -104,6 +106,7 @@ class Controller(Desk):
         self._supervisor: Supervisor | None = None
         self._recorded = 0  # the newest step of this epoch that was recorded
         self._stood = 0  # the newest epoch that was built
+        self._resting = False  # whether it was told that the run is paused, and not yet that it goes on
         self._choose_at: int | None = None  # the step at which `schedule: auto` has been measured
         self._skip: set[int] = set()  # steps that the run was rolled back for
         self._back_to: int | None = None  # the newest step that may be gone on from
@@ -207,14 +210,16 @@ class Controller(Desk):
         orders = heirs.orders
         plan = self._plan = orders.plan
         self._epoch = self._stood = orders.epoch
-        self._skip, self._measure = set(orders.skip), False
+        self._skip = set(orders.skip)
         self._step = self._recorded = self.chronicle.last_step
         self.checkpoints.step = getattr(self.directory.newest(), "step", None)
         events = adoption.of_this_launch(read_records(self.directory.events))
+        self._measure = self._measure and not any(event["event"] == "schedule" for event in events)
         told = adoption.losses(events)
         self.budget.restore(told)
         self._restarts = len(told)
         self._lost.extend(adoption.lost(events))
+        self._paused = self._resting = adoption.is_paused(events)
         self._open_gang(plan)
         assert self._gang is not None
         self._gang.adopt(heirs.ranks, heirs.spares, orders.seats)
@@ -230,7 +235,7 @@ class Controller(Desk):
         gang = self._gather(plan)
         gathered = time.monotonic()
         self._enter("building")
-        self._plan, self._epoch = plan, self._epoch + 1
+        self._plan, self._epoch = plan.retuned(self.config.lr), self._epoch + 1
         source = self._source(data)
         chosen = time.monotonic()
         self.probation.begin(self._epoch, source)
@@ -306,28 +311,72 @@ class Controller(Desk):
 
     def _train(self, plan: Plan) -> Plan | None:
         """Segments of steps; between them, what is due. None at the end, else the plan to go on with."""
-        config = plan.config
-        while self._step < config.steps and not self._asked & Request.STOP:
-            self._enter("training")
-            reached = self._together("run", lambda rank: (self._next_stop(),), patience.STEP)[0]
-            self._step, asked = reached.step, Request(reached.request)
-            self._treat()
-            self._asked &= ~asked | Request.STOP
-            ended = self._step >= config.steps
-            stops = ended or bool(self._asked & Request.STOP)
-            if stops or asked & Request.CHECKPOINT or _due(self._step, config.checkpoint.every):
-                self._save(wait=stops)
-            if self._evaluates and (ended or _due(self._step, config.evaluate.every)):
-                self._evaluate()
-            if stops:
-                break
-            after = self._turn(plan)
+        while not self._over():
+            if self._paused:
+                self._rest()
+            else:
+                self._segment()
+            after = None if self._over() else self._turn(plan)
             if after is not None:
                 self._leave()
                 return after
         if self.checkpoints.step != self._step:
             self._save(wait=True)
         return None
+
+    def _over(self) -> bool:
+        return self._step >= self.config.steps or bool(self._asked & Request.STOP)
+
+    def _segment(self) -> None:
+        """Steps up to the next one where something is due, or asked for; then that."""
+        if self._resting:
+            self._say("resumed", f"resumed at step {self._step}", step=self._step)
+            self._resting = False
+        self._enter("training")
+        reached = self._together("run", lambda rank: (self._next_stop(),), patience.STEP)[0]
+        self._step, asked = reached.step, Request(reached.request)
+        self._treat()
+        self._asked &= ~asked | Request.STOP
+        ended = self._step >= self.config.steps
+        if self._over() or asked & Request.CHECKPOINT or _due(self._step, self.config.checkpoint.every):
+            self._save(wait=self._over())
+        if self._evaluates and (ended or _due(self._step, self.config.evaluate.every)):
+            self._evaluate()
+
+    def _rest(self) -> None:
+        """Paused: the ranks wait after a committed step, with all that they hold, until something is asked for."""
+        begins = self._phase != PAUSED
+        self._enter(PAUSED)
+        self._together("settle", lambda rank: (), patience.SAVING)
+        self._listen()
+        if begins:
+            self._say("paused", f"paused at step {self._step}", step=self._step)
+        self._resting = True
+        assert self._supervisor is not None
+        try:
+            self._supervisor.attend(lambda: not self._paused or self._wanted or self._rates or self._asked & ACTS)
+        except (WorkerError, GuardError, Rollback) as error:
+            raise self._otherwise(error) from None
+        asked, self._asked = self._asked, self._asked & Request.STOP
+        if asked & Request.CHECKPOINT and self.checkpoints.step != self._step:
+            self._save()
+            self._enter(PAUSED)
+
+    def _retune(self) -> None:
+        """The learning rate that was asked for, on all ranks from the next step on."""
+        keys, self._rates = self._rates, {}
+        before = self.config.lr.at(self._step)
+        try:
+            self.config = self._with_rates(keys, self._step)
+        except ConfigError as error:  # a change that was planned for a later step has come in between
+            self._say("lr_refused", f"the learning rate stays: {error.problems[0].what}", step=self._step)
+            return
+        self.directory.write_config(self.config)
+        after = self.config.lr.at(self._step)
+        changes = {key: [getattr(before, key), getattr(after, key)] for key in keys}
+        text = ", ".join(f"lr.{key} {old} → {new}" for key, (old, new) in changes.items())
+        self._say("lr", f"learning rate after step {self._step}: {text}", step=self._step, changes=changes)
+        self._together("retune", lambda rank: (self.config.lr,), patience.SAVING)
 
     def _leave(self) -> None:
         """All ranks leave the mesh, their state in memory or else saved."""
@@ -338,7 +387,10 @@ class Controller(Desk):
         self._together("leave", lambda rank: (self.memory.on,), patience.SAVING)
 
     def _turn(self, plan: Plan) -> Plan | None:
-        """Between two segments: the plan to build anew, because a client, the cluster or measurements want it; or None."""
+        """Between two segments: the plan to build anew, because a client, the cluster or measurements want it; or None. A
+        learning rate needs no other plan."""
+        if self._rates:
+            self._retune()
         if self._wanted is not None:
             (after, why), self._wanted = self._wanted, None
             facts = {"page": str(after), "mesh": str(after.mesh), "why": why, "step": self._step}
@@ -634,7 +686,7 @@ class Controller(Desk):
 
     def _asks(self, rank: int) -> tuple[int, int]:
         """What a beat carries to a rank: the newest step that is known of, and what is asked for."""
-        return self._recorded, int(self._asked) if rank == 0 else 0
+        return self._recorded, int(self._asked) if rank == 0 and self._phase != PAUSED else 0
 
     def _heard(self, rank: int, beat: Beat) -> None:
         self._hear(beat.records)

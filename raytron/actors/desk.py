@@ -1,7 +1,7 @@
 """The desk of a run: what its clients ask, and what they ask for, at any time and whatever the run is doing.
 
     client ──► desk, in the group `ctl`          answers at once, from what the run has put there
-                 ▲ phase, plan, step, outcome     │ stop, checkpoint, another mesh
+                 ▲ phase, plan, step, outcome     │ stop, checkpoint, pause, another mesh, another learning rate
                  └────────── the story ◄──────────┘ looks twice a second (`raytron.actors.controller`)
 
 A client may go and come back: nothing here belongs to one. With `observe.port` the desk answers over HTTP, too
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -26,11 +27,12 @@ from raytron.actors.moves import Moves, Wanted
 from raytron.actors.tiers import Memory
 from raytron.actors.worker import Request
 from raytron.config import RunConfig, flatten, to_mapping
-from raytron.errors import ConfigError, Problem
+from raytron.errors import ClusterError, ConfigError, Problem
 from raytron.observe.endpoint import Endpoint
 from raytron.observe.records import Record
 from raytron.observe.result import Result
 from raytron.plan.plan import Plan, make_plan
+from raytron.rules import problems
 from raytron.training.run_directory import RunDirectory
 
 SHOWN = 10  # losses
@@ -49,6 +51,8 @@ class Desk:
         self._phase, self._asked = "starting", Request.NONE
         self._plan: Plan | None = None
         self._wanted: Wanted | None = None  # the plan to go on with
+        self._rates: dict[str, Any] = {}  # keys of lr that shall have other values from the next step on
+        self._paused = False  # as clients want it
         self._gang: Gang | None = None
         self._moves: Moves | None = None
         self._step = self._epoch = self._restarts = 0
@@ -58,6 +62,31 @@ class Desk:
 
     def _say(self, kind: str, message: str, **facts: Any) -> None:
         self.chronicle.say(kind, message, **facts)
+
+    def _at_work(self, what: str) -> None:
+        """Raises ClusterError where no step will follow."""
+        over = self._outcome is not None or self._step >= self.config.steps
+        if over or self._asked & Request.STOP:
+            why = f"its last step is done ({self._phase})" if over else "it is about to stop"
+            raise ClusterError(f"{self.config.name} can't {what}: {why}")
+
+    def _with_rates(self, keys: Mapping[str, Any], step: int) -> RunConfig:
+        """The configuration with other values of some keys of lr after `step` steps. Raises ConfigError in terms of lr."""
+        given = to_mapping(self.config.lr)["changes"]
+        same = [each for each in given if each["start_step"] == step]
+        others = [each for each in given if each["start_step"] != step]
+        earlier = sum(each["start_step"] < step for each in others)
+        entry = {**(same[0] if same else {}), **keys, "start_step": step}
+        changes = [*others[:earlier], entry, *others[earlier:]]
+        try:
+            config = self.config.replace(**{"lr.changes": changes})
+            found = [problem for problem in problems(config) if problem.where.startswith("lr.")]
+        except ConfigError as error:
+            config, found = self.config, list(error.problems)
+        if found:
+            where = f"lr.changes[{earlier}]"
+            raise ConfigError([Problem(*(text.replace(where, "lr") for text in problem)) for problem in found])
+        return config
 
     def _want(self, wanted: Wanted) -> None:
         """Another plan, from the next step on."""
@@ -143,6 +172,35 @@ class Desk:
                 self._moves.begin(config, plan)
             self._want(Wanted(plan, "as asked"))
         return str(plan)
+
+    @control
+    def pause(self) -> str:
+        """Asks the ranks to wait after the step that is under way; returns the phase that it met. Raises ClusterError where
+        no step will follow."""
+        self._at_work("be paused")
+        self._paused = True
+        self._asked |= Request.PAUSE
+        return self._phase
+
+    @control
+    def resume(self) -> None:
+        """A paused run goes on. Raises ClusterError where it is not paused."""
+        self._at_work("go on")
+        if not self._paused:
+            raise ClusterError(f"{self.config.name} is not paused ({self._phase})")
+        self._paused = False
+
+    @control
+    def set_lr(self, keys: dict[str, Any]) -> None:
+        """Asks for other values of some keys of lr, from the next step on. Raises ConfigError where they can't be,
+        ClusterError where no step will follow."""
+        self._at_work("have another learning rate")
+        if "start_step" in keys:
+            raise ConfigError([Problem("lr.start_step", "is the next step", "leave it out")])
+        wanted = {**self._rates, **keys}
+        self._with_rates(wanted, max(self._step, int(self.chronicle.last.get("step", 0))))
+        self._rates = wanted
+        self._asked |= Request.PAUSE
 
     @control
     def stacks(self) -> dict[int, str]:

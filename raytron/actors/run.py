@@ -181,6 +181,29 @@ class Run:
         """Asks the run to save and stop after the step that is under way; returns at once."""
         self._ask("request", int(Request.STOP))
 
+    def pause(self) -> None:
+        """Asks the run to wait after the step that is under way; returns at once, and `status` says when it is paused.
+
+        Workers stay where they are, with all that they hold; losses are those of a run that was never paused. A paused run
+        still saves, stops, changes its mesh or its learning rate, and replaces workers that it loses. Raises ClusterError
+        where no step will follow.
+        """
+        self._ask("pause")
+
+    def resume(self) -> None:
+        """A paused run goes on. Raises ClusterError where it is not paused."""
+        self._ask("resume")
+
+    def set_lr(self, peak: float | None = None, **keys: Any) -> None:
+        """Asks for another learning rate from the next step on, in keys of lr: `run.set_lr(1e-4, final=1e-5)`.
+
+        peak, final, decay, decay_steps and stable_fraction. The schedule goes on as if they had been so from the beginning;
+        the step and the values stand in events.jsonl, and as `lr.changes` in config.yaml and in checkpoints: whatever step
+        the run goes back to, they hold from the same one on. Raises ConfigError where they can't be, and then nothing
+        changes; ClusterError where no step will follow.
+        """
+        self._ask("set_lr", {**({} if peak is None else {"peak": peak}), **keys})
+
     def remesh(self, **overrides: Any) -> str:
         """Asks for another mesh, live, after the step that is under way: `run.remesh(**{"mesh.tp": 4, "mesh.dp": 1})`.
 

@@ -89,6 +89,22 @@ class Supervisor:
             raise verdict(failures, set(self.workers) - set(answers) - set(failures), doing)
         return answers
 
+    def attend(self, until: Callable[[], object]) -> None:
+        """While ranks have nothing to do: watches them until there is something. Raises WorkersLost for those that are gone
+        or silent, or the WorkerError that is the cause."""
+        self._last.clear()
+        looked = 0.0
+        while not until():
+            if (lost := self.gone()) is not None:
+                raise lost
+            if time.monotonic() - looked > self.period_s:
+                looked = time.monotonic()
+                gone = self._look(set(self.workers), STEP)
+                if gone:
+                    raise verdict(gone, ())
+                self.look()
+            time.sleep(LINES_S)
+
     @property
     def period_s(self) -> float:
         """Between two beats of a rank."""
@@ -107,8 +123,10 @@ class Supervisor:
             if not is_death(error):
                 raise cause_of(error) from None
 
-    def _look(self, done: set[int], phase: str) -> None:
-        """Collects beats, asks for new ones, and raises WorkersLost for ranks that are silent or stuck."""
+    def _look(self, done: set[int], phase: str) -> dict[int, BaseException]:
+        """Collects beats, asks for new ones, and raises WorkersLost for ranks that are silent or stuck. The ranks that are
+        gone, with what says so: a call that is under way will say so, too."""
+        gone: dict[int, BaseException] = {}
         under_way = {call: rank for rank, (call, _) in self._beats.items()}
         since = {rank: at for rank, (_, at) in self._beats.items()}
         ready = ray.wait(list(under_way), num_returns=len(under_way), timeout=0)[0] if under_way else []
@@ -119,7 +137,8 @@ class Supervisor:
                 beat = ray.get(call)
             except Exception as error:
                 if is_death(error):
-                    continue  # the call that is under way will say so
+                    gone[rank] = error
+                    continue
                 raise cause_of(error) from None
             self.patience.answered(time.monotonic() - since[rank])
             self._last[rank] = beat
@@ -133,6 +152,7 @@ class Supervisor:
         for rank, worker in self.workers.items():
             if rank not in self._beats:
                 self._beats[rank] = (worker.beat.remote(*self.asks(rank)), now)
+        return gone
 
     def _check_progress(self, done: set[int], limit_s: float) -> None:
         """Raises WorkersLost where no rank has begun anything for too long: for those that do not wait for others."""

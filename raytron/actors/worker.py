@@ -21,7 +21,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntFlag
 from pathlib import Path
@@ -43,6 +43,7 @@ from raytron.actors.seat import Seat
 from raytron.actors.versions import Versions, versions
 from raytron.checkpoint.gather import Fetch
 from raytron.checkpoint.sources import MemoryGeneration
+from raytron.config import LearningRateConfig
 from raytron.errors import CheckpointError, GuardError, OutOfMemoryError, WorkerError
 from raytron.observe.busy import Busy, BusyClock
 from raytron.observe.records import Record
@@ -87,6 +88,7 @@ class TrainerLike(Protocol):
     def settle_saves(self) -> None: ...
     def reports(self) -> list[Record]: ...
     def skip(self, steps: Iterable[int]) -> None: ...
+    def retune(self, lr: LearningRateConfig) -> None: ...
     def load(self, generation: Path | str) -> None: ...
     def restore(self, generation: MemoryGeneration, node: str, fetch: Fetch) -> None: ...
     def open_replicas(self, folder: Path | str, epoch: int, known: Callable[[], int] | None = None) -> None: ...
@@ -294,6 +296,12 @@ class Worker:
         """Waits for the checkpoint that is under way; together with all ranks."""
         with self._telling("saving"):
             self._built().settle_saves()
+
+    def retune(self, lr: LearningRateConfig) -> None:
+        """Another learning rate, from the next step on; the same call on all ranks, between two segments."""
+        self._built().retune(lr)
+        if self._orders is not None:
+            self._orders = replace(self._orders, plan=self._orders.plan.retuned(lr))
 
     def leave(self, park: bool = False) -> Left:
         """Leaves the mesh and drops the trainer; the process stays, ready to be built again.

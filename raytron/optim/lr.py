@@ -8,7 +8,8 @@ Steps count from 0; step s is the s-th update. Warmup is linear and reaches the 
     inverse_sqrt   peak · √(warmup / step)                     (Vaswani et al., arXiv 1706.03762)
     constant       peak
 
-After the horizon the first three stay at `final`.
+After the horizon the first three stay at `final`. Where `lr.changes` give a key another value from some step on, the later
+steps have the rates of a schedule that had it from the beginning.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from raytron.config import LearningRateConfig
 
 def learning_rate(config: LearningRateConfig, horizon: int, step: int) -> float:
     """The rate of update `step`, which decays over `horizon` steps, warmup included."""
+    given, config = config, config.at(step)
+    if config.decay_steps != given.decay_steps:
+        horizon = config.decay_steps or horizon
     warmup = config.warmup_steps
     if step < warmup:
         return config.peak * (step + 1) / (warmup + 1)

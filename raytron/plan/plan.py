@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
-from raytron.config import RunConfig
+from raytron.config import LearningRateConfig, RunConfig
 from raytron.errors import ConfigError, Problem, ScheduleError
 from raytron.plan import draw, fit, flops
 from raytron.plan.activations import Device
@@ -66,6 +66,10 @@ class Plan:
     def evaluation_for(self, dp: int) -> Schedule:
         """The schedule of the data-parallel rank `dp` in an evaluation."""
         return _forwards(self.schedule.rank_of, self.config.microbatches_run(dp))
+
+    def retuned(self, lr: LearningRateConfig) -> Plan:
+        """The same with another learning rate, which nothing else of a plan depends on."""
+        return replace(self, config=replace(self.config, lr=lr))
 
     @property
     def tokens_per_step(self) -> int:

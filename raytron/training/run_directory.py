@@ -11,7 +11,8 @@
             controller.json  how to reach the run while it lives
 
 A run may go on with more steps, on another mesh, with other cadences. What changes the result may not change, unless
-`resume.allow` names it: model, data, seed, batch, optimizer, learning rate. A blend may get other stages and more sources
+`resume.allow` names it: model, data, seed, batch, optimizer, learning rate. What a live run changed of its learning rate
+(`lr.changes`) holds when it goes on. A blend may get other stages and more sources
 where no sample that the run has read becomes another one (`raytron.data.recipe`).
 """
 
@@ -149,6 +150,8 @@ def settle(config: RunConfig) -> tuple[RunConfig, list[Problem]]:
         return config, list(error.problems)
     if config.lr.decay_steps is None:
         config = config.replace(**{"lr.decay_steps": config.steps if before is None else before.lr_horizon})
+    if before is not None and not config.lr.changes and not any(key.startswith("lr") for key in config.resume.allow):
+        config = config.replace(**{"lr.changes": to_mapping(before.lr)["changes"]})
     traced = config.observe.trace_steps
     if config.pipeline.schedule == "auto" and newest is not None and traced is not None and traced[-1] <= newest.step:
         config = config.replace(**{"observe.trace_steps": None})

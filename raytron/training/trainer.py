@@ -20,7 +20,7 @@ from raytron.checkpoint.memory import NOTES_ROOM, Replicas
 from raytron.checkpoint.saver import Phase
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.checkpoint.store import Hook, no_hook
-from raytron.config import to_mapping
+from raytron.config import LearningRateConfig, to_mapping
 from raytron.data.batch import Batch, TokenStream, part_of
 from raytron.data.run_data import ValidationSet
 from raytron.errors import CheckpointError, ConfigError, Problem
@@ -145,6 +145,11 @@ class Trainer:
         if self.digest is None or every is None or self.step == 0 or self.step % every:
             return None
         return self.digest.check(self.step, dict(self.engine.guard.trail), every)
+
+    def retune(self, lr: LearningRateConfig) -> None:
+        """Another learning rate from the next step on; on all ranks between the same two steps. Checkpoints keep it."""
+        assert not self._started, "settle first"
+        self.plan = self.plan.retuned(lr)
 
     def skip(self, steps: Iterable[int]) -> None:
         """Numbers of steps, from 1, whose samples and learning rate are to be used up without an update: those that the run

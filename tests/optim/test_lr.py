@@ -1,10 +1,12 @@
 """Learning rate schedules at their corners."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytron.config import LearningRateConfig
+from raytron.config import LearningRateChange, LearningRateConfig
 from raytron.optim.lr import learning_rate
 from raytron.optim.sharded import clip_scale
 
@@ -51,6 +53,18 @@ def test_more_steps_do_not_bend_it(steps, longer):
 
 def rates_of(config, steps):
     return [learning_rate(config, steps, step) for step in range(steps)]
+
+
+@given(start=st.integers(0, 60), decay=st.sampled_from(["cosine", "linear", "constant", "inverse_sqrt"]))
+def test_a_change_holds_from_its_step_on_and_bends_nothing_before(start, decay):
+    config = LearningRateConfig(peak=1.0, final=0.1, warmup_steps=5, decay=decay)
+    peak, end = LearningRateChange(start, peak=0.5), LearningRateChange(start + 10, final=0.2, decay_steps=80)
+    changed = rates_of(dataclasses.replace(config, changes=(peak, end)), 50)
+    assert changed[:start] == rates_of(config, 50)[:start]
+    between = rates_of(dataclasses.replace(config, peak=0.5), 50)
+    assert changed[start : start + 10] == between[start : start + 10]
+    after = dataclasses.replace(config, peak=0.5, final=0.2)
+    assert changed[start + 10 :] == [learning_rate(after, 80, step) for step in range(start + 10, 50)]
 
 
 def test_clip_scale():

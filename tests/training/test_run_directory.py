@@ -51,6 +51,17 @@ def test_more_steps_keep_the_horizon_that_the_run_began_with(begun, config):
     assert (settled.steps, settled.lr.decay_steps) == (500, 100)
 
 
+def test_a_rate_that_a_live_run_was_given_holds_when_it_goes_on(begun, config):
+    changes = [{"start_step": 5, "peak": 1e-4}]
+    RunDirectory.of(begun).write_config(begun.replace(**{"lr.changes": changes}))
+    settled, problems = settle(config)
+    assert problems == []
+    assert [(each.start_step, each.given) for each in settled.lr.changes] == [(5, {"peak": 1e-4})]
+    assert changed(config, **{"lr.changes": [{"start_step": 5, "peak": 2e-4}]}) == ["lr.changes"]
+    taken_back, problems = settle(config.replace(**{"resume.allow": ["lr"]}))
+    assert (problems, taken_back.lr.changes) == ([], ())
+
+
 @pytest.mark.parametrize(("traced", "left"), [((2, 10), None), ((2, 11), (2, 11)), (None, None)])
 def test_auto_measures_other_steps_than_those_that_are_past(begun, config, traced, left):
     asked = config.replace(**{"observe.trace_steps": traced, "pipeline.schedule": "auto"})
