@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "raytron"
-LAYERS = [{"deal", "errors"}, {"config", "stages"}, {"rules"}, {"presets"}, {"plan"}, {"kernels"}, {"parallel"},
+LAYERS = [{"deal", "errors"}, {"reading"}, {"config", "stages"}, {"rules"}, {"presets"}, {"plan"}, {"kernels"}, {"parallel"},
           {"model", "optim", "data", "checkpoint", "observe"}, {"training"}, {"actors"}, {"cli", "__init__", "__main__"},
           {"testing"}]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 RAY = ("actors/", "data/feed.py", "data/tokenize.py", "testing/")
-NO_TORCH = {"deal", "errors", "config", "stages", "rules", "presets", "plan"}
+NO_TORCH = {"deal", "errors", "reading", "config", "stages", "rules", "presets", "plan"}
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 
