@@ -131,7 +131,7 @@ RANGES: tuple[Range, ...] = (
     Range("data.prefetch", 0, 64),
     Range("data.fim.rate", 0, 1),
     Range("data.fim.spm_rate", 0, 1),
-    *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),
+    *_more_than_zero("data.shard_mb data.max_mb data.bytes_per_token data.tokenizer.train_mb"),
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
     *_at_least(1, "checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best"),
     *_at_least(1, "evaluate.every evaluate.prompt_tokens"),
@@ -710,8 +710,11 @@ def _blend(config: RunConfig) -> Iterator[Problem]:
         )
     for number, source in enumerate(data.blend):
         where = f"data.blend[{number}]"
-        if not source.dataset.strip():
-            yield Problem(f"{where}.dataset", "is empty", "name the folder of a tokenized data set")
+        if not source.dataset.strip() and not source.sources:
+            yield Problem(f"{where}.dataset", "is empty", "name the folder of a tokenized data set, or text in sources")
+        if source.dataset.strip() and source.sources:
+            what = "names a tokenized data set and text, which is tokenized as it is read"
+            yield Problem(where, what, "leave dataset or sources empty")
         if source.max_epochs is not None and source.max_epochs <= 0:
             yield Problem(f"{where}.max_epochs", f"{source.max_epochs:g} is too small", "use more than 0, or null")
         late = any(number < len(stage.weights) and stage.weights[number] > 0 for stage in data.stages)
@@ -737,6 +740,35 @@ def _weights(where: str, weights: Sequence[float], block: int) -> Iterator[Probl
             what = f"the weight {weight:g} of source {number} is less than one sample in a block of {block}"
             bigger = f", or data.blend_block of {larger}" if larger <= 1 << 20 else ""
             yield Problem(where, what, f"use 0, or at least {math.ceil(LEAST_SHARE / block * 1e7) / 1e7:g}{bigger}")
+
+
+def _text(config: RunConfig) -> Iterator[Problem]:
+    """What text that is tokenized as it is read does not go with."""
+    data = config.data
+    if data.source == "text" and data.dataset is not None:
+        what = "text is tokenized as it is read, and data.dataset names a data set that is tokenized already"
+        yield Problem("data.source", what, "set data.dataset to null, or data.source to tokens")
+    if data.source == "text" and data.blend:
+        remedy = "use tokens, and name the text in `sources` of an entry of data.blend"
+        yield Problem("data.source", "each entry of a blend says for itself whether it is text", remedy)
+        return
+    if not data.reads_text:
+        return
+    before = "or set data.source to tokens" if not data.blend else "or tokenize the text first (raytron tokenize)"
+    if data.packing == "best_fit":
+        what = (
+            "best_fit packs documents by their tokens, which text that is tokenized as it is read does not tell before"
+        )
+        yield Problem("data.packing", what, f"use chop or pad, {before}")
+    if data.packing == "pad" and data.too_long == "drop":
+        what = "which documents are too long is not known before their text is tokenized"
+        yield Problem("data.too_long", what, f"use cut, {before}")
+    if data.format != "text" and not data.blend:
+        what = f"{data.format} becomes tokens and loss spans of whole conversations, which only a data set keeps"
+        yield Problem("data.format", what, f"use text, {before}")
+    if data.blend and data.tokenizer.path is None:
+        what = "text in a blend is tokenized as it is read, and no tokenizer is given"
+        yield Problem("data.tokenizer.path", what, "give that of the other entries, such as DATASET/tokenizer.json")
 
 
 def _data_stages(config: RunConfig) -> Iterator[Problem]:
@@ -1049,12 +1081,33 @@ UNUSED: tuple[Unused, ...] = (
         "name the data sets of data.blend",
     ),
     Unused(
-        "data.sources data.format data.text_key data.metadata_keys data.on_bad_record data.validation_fraction "
-        "data.shard_mb data.max_mb data.tokenizer.vocab data.tokenizer.train_mb data.tokenizer.backend",
+        "data.sources data.format data.metadata_keys data.shard_mb data.max_mb data.tokenizer.vocab "
+        "data.tokenizer.train_mb",
         "data.blend",
         lambda config: not config.data.blend,
         "on the data sets of data.blend, which are tokenized already",
         "leave data.blend empty",
+    ),
+    Unused(
+        "data.text_key data.on_bad_record data.validation_fraction data.tokenizer.backend",
+        "data.blend",
+        lambda config: not config.data.blend or config.data.reads_text,
+        "on the data sets of data.blend, which are tokenized already",
+        "leave data.blend empty, or name text in an entry's sources",
+    ),
+    Unused(
+        "data.metadata_keys data.shard_mb",
+        "data.source",
+        lambda config: config.data.source == "tokens",
+        "where no data set is made",
+        "set data.source to tokens",
+    ),
+    Unused(
+        "data.bytes_per_token",
+        "data.source data.blend",
+        lambda config: config.data.reads_text,
+        "where no text is tokenized as it is read",
+        "set data.source to text",
     ),
     Unused(
         "data.validation",
@@ -1129,6 +1182,10 @@ RULES: Sequence[tuple[str, Callable[[RunConfig], Iterator[Problem]]]] = (
     ("observe.gradient_noise mesh.dp mesh.cp data_parallel.zero data_parallel.reduce determinism", _gradient_noise),
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
     ("data.blend data.blend_block data.stages data.dataset", _blend),
+    (
+        "data.source data.dataset data.blend data.packing data.too_long data.format data.tokenizer.path",
+        _text,
+    ),
     (
         "data.blend data.blend_block data.stages steps global_batch_size batch_ramp.start batch_ramp.increment "
         "batch_ramp.samples",
