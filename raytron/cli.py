@@ -35,6 +35,7 @@ LAZY = {
     "simulated events": ("raytron.plan.trace", "simulated_events"),
     "trace file": ("raytron.plan.trace", "document"),
     "is data set": ("raytron.data.shards", "holds_dataset"),
+    "is text": ("raytron.data.text_index", "holds_text"),
     "data page": ("raytron.data.describe", "describe"),
     "sample page": ("raytron.data.sample_page", "describe_sample"),
     "checkpoint page": ("raytron.checkpoint.describe", "describe"),
@@ -118,7 +119,7 @@ def inspect(given: argparse.Namespace) -> int:
     if given.sample is not None:
         print(lazy("sample page")(given.path, given.sample, given.sequence_length, given.seed))
         return 0
-    page = "data page" if lazy("is data set")(given.path) else "checkpoint page"
+    page = "data page" if lazy("is text")(given.path) or lazy("is data set")(given.path) else "checkpoint page"
     print(lazy(page)(given.path, verify=given.verify))
     return 0
 

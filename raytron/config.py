@@ -276,9 +276,10 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One data set of a blend."""
+    """One data set of a blend, or text that is tokenized as it is read."""
 
-    dataset: str = ""  # a tokenized data set
+    dataset: str = ""  # a tokenized data set; or
+    sources: tuple[str, ...] = ()  # text, as in data.sources
     weight: float = 1.0  # share of the samples, all shares together 1; 0: none until a stage gives it some
     max_epochs: float | None = None  # how often a run may read it at most; None: without limit
 
@@ -319,6 +320,11 @@ class DataConfig:
     blend_block: int = 1024  # samples among which each source of a blend has its exact share
     stages: tuple[DataStageConfig, ...] = ()  # a curriculum: later weights of the blend
     validation: tuple[ValidationConfig, ...] = ()  # the first is the main one; (): the data's own validation splits
+    # tokens: `sources` are made into a data set first; text: they are tokenized as samples of them are read
+    source: Literal["tokens", "text"] = "tokens"
+    bytes_per_token: float | None = (
+        None  # text: by which it is cut into samples; None: measured, so that little is lost
+    )
     sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, URLs of those, or the word python-stdlib
     format: Literal["text", "chat", "preference"] = "text"  # of a record; chat: messages, the assistant's are learned;
     # preference: `chosen` and `rejected`, messages or answers to a `prompt`, which become two documents
@@ -346,6 +352,11 @@ class DataConfig:
     def apart(self) -> bool:
         """Whether the documents of a sample are kept apart."""
         return self.document_mask or self.packing != "chop"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any text is tokenized as it is read."""
+        return self.source == "text" or any(source.sources for source in self.blend)
 
 
 @dataclass(frozen=True)

@@ -162,13 +162,15 @@ class Controller(Desk):
             shutil.copyfile(first.tokenizer, self.directory.tokenizer)
         held = sum(each.tokens("validation") for each in data.sources)
         text = (
-            f"data: {data.tokens:,} tokens to train on, {held:,} to validate; unigram entropy "
-            f"{data.unigram_entropy:.3f} nats per token (the loss of counting tokens alone)"
+            f"data: {'about ' if data.notices else ''}{data.tokens:,} tokens to train on, {held:,} to validate; unigram "
+            f"entropy {data.unigram_entropy:.3f} nats per token (the loss of counting tokens alone)"
         )
         facts = {"tokens": data.tokens, "unigram_entropy": data.unigram_entropy, "path": first.name}
         tokens = self.config.samples_after(self.config.steps) * self.config.sequence_length
         if not self._again:
             self._say("data", text, **facts, sources=[each.name for each in data.sources])
+            for notice in data.notices:
+                self._say("text", notice)
             if self.config.data.blend or tokens > data.tokens:
                 self._say("epochs", epochs_notice(data))
         self._evaluates = bool(data.held)

@@ -327,8 +327,11 @@ def tokenize(config: RunConfig, report: Callable[[float, str], None]) -> Path:
     """Prepares the data set of a configuration on a cluster or a local Ray; its folder."""
     found = data_problems(config)
     if config.data.blend:
-        what = "names data sets that are tokenized already"
+        what = "names data sets that are tokenized already, or text that is tokenized as it is read"
         found = [Problem("data.blend", what, "leave it empty, and name the text in data.sources"), *found]
+    if config.data.source == "text":
+        what = "text is tokenized as it is read: there is no data set to prepare"
+        found = [Problem("data.source", what, "train, or set data.source to tokens"), *found]
     if found:
         raise ConfigError(found)
     session = connect(config.cluster, 0)

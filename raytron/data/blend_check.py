@@ -1,13 +1,12 @@
 """What can be said about the data sets of a blend, and about validation sets, before Ray is started.
 
-Everything here reads manifests alone: whether the sets exist, fit the model and each other, hold a sample, and how often
-the run would read each.
+Everything here reads manifests alone (and of text that is tokenized as it is read its index, where it is there): whether
+the sets exist, fit the model and each other, hold a sample, and how often the run would read each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from raytron.config import RunConfig
 from raytron.data.fim import fim_problems
@@ -15,15 +14,17 @@ from raytron.data.reader import shortage, size_of
 from raytron.data.recipe import Recipe
 from raytron.data.run_data import RunData, source_names
 from raytron.data.shards import Dataset, open_dataset
+from raytron.data.text_index import TextCorpus, text_folder
+from raytron.data.text_sources import indexed, resolve_text
 from raytron.data.tokenizer import Tokenizer
-from raytron.errors import DataError, Problem, RaytronError
+from raytron.errors import ConfigError, DataError, Problem, RaytronError
 
 SHOWN = 8  # sources of a notice
 TOGETHER = "tokenize all of them with one tokenizer.json (data.tokenizer.path)"
 
 
-def blend_problems(config: RunConfig) -> list[Problem]:
-    """Everything that keeps a run from using its blend."""
+def blend_problems(config: RunConfig) -> tuple[list[Problem], list[Dataset | TextCorpus]]:
+    """Everything that keeps a run from using its blend; and what it names, as far as it can be opened."""
     found: list[Problem] = []
     given, digest = config.data.tokenizer, None
     try:
@@ -31,14 +32,12 @@ def blend_problems(config: RunConfig) -> list[Problem]:
             digest = Tokenizer(given.path, given.eod, given.pattern).sha256
     except RaytronError as error:
         found.append(Problem("data.tokenizer.path", str(error).splitlines()[0], "give a tokenizer.json, or null"))
-    opened = [
-        _opened(f"data.blend[{number}].dataset", each.dataset, found) for number, each in enumerate(config.data.blend)
-    ]
+    opened = [_entry(config, number, found) for number in range(len(config.data.blend))]
     datasets = [dataset for dataset in opened if dataset is not None]
     if len(datasets) < len(opened):
-        return found
+        return found, datasets
     for number, dataset in enumerate(datasets):
-        where = f"data.blend[{number}].dataset"
+        where = f"data.blend[{number}].{'sources' if config.data.blend[number].sources else 'dataset'}"
         misfits = dataset.misfits(vocab=config.model.vocab, tokenizer_sha256=digest)
         found += [problem._replace(where=where, what=f"{dataset.name}: {problem.what}") for problem in misfits]
         found += _unlike(where, dataset, datasets[0], "data.blend[0]") if number else []
@@ -50,18 +49,27 @@ def blend_problems(config: RunConfig) -> list[Problem]:
         if short is not None:
             found.append(short._replace(where=where, what=f"{dataset.name}: {short.what}"))
     found += fim_problems(datasets[0].tokenizer, config.data)
-    return found or [*_too_often(config, datasets)]
+    return found or [*_too_often(config, datasets)], datasets
 
 
-def validation_problems(config: RunConfig, folders: Sequence[Path | str]) -> list[Problem]:
-    """What keeps a run from using `data.validation`. folders: of the data sets that it trains on, where they are there."""
+def _entry(config: RunConfig, number: int, found: list[Problem]) -> Dataset | TextCorpus | None:
+    """What an entry names, opened; None where it can't be, with the problem in `found`, and where its text is not indexed
+    yet."""
+    entry, where = config.data.blend[number], f"data.blend[{number}].sources"
+    if not entry.sources:
+        return _opened(f"data.blend[{number}].dataset", entry.dataset, found)
+    try:
+        return indexed(config, resolve_text(config.data, entry.sources, where), text_folder(config, number))
+    except ConfigError as error:
+        found += error.problems
+    return None
+
+
+def validation_problems(config: RunConfig, trained: Sequence[Dataset | TextCorpus]) -> list[Problem]:
+    """What keeps a run from using `data.validation`. trained: what it trains on, where that is there."""
     found: list[Problem] = []
     if not config.data.validation:
         return found
-    try:
-        trained = [open_dataset(folder) for folder in folders]
-    except RaytronError:
-        return found  # named where the data to train on is looked at
     for number, each in enumerate(config.data.validation):
         where = f"data.validation[{number}].dataset"
         dataset = _opened(where, each.dataset, found)
@@ -116,20 +124,19 @@ def _opened(where: str, path: str, found: list[Problem]) -> Dataset | None:
         return None
 
 
-def _unlike(where: str, dataset: Dataset, other: Dataset, name: str) -> Iterator[Problem]:
+def _unlike(where: str, dataset: Dataset | TextCorpus, other: Dataset | TextCorpus, name: str) -> Iterator[Problem]:
     """Where ids of one data set mean other tokens than those of another."""
-    mine, theirs = dataset.manifest, other.manifest
     facts = (
-        ("tokenizer", mine.tokenizer_sha256[:12], theirs.tokenizer_sha256[:12]),
-        ("vocabulary", mine.vocab, theirs.vocab),
-        ("end of document", mine.eod, theirs.eod),
+        ("tokenizer", dataset.tokenizer_sha256[:12], other.tokenizer_sha256[:12]),
+        ("vocabulary", dataset.vocab, other.vocab),
+        ("end of document", dataset.eod, other.eod),
     )
     differ = [f"{what} {one}, not {two}" for what, one, two in facts if one != two]
     if differ:
         yield Problem(where, f"{dataset.name} differs from {name}: {'; '.join(differ)}", TOGETHER)
 
 
-def _too_often(config: RunConfig, datasets: Sequence[Dataset]) -> Iterator[Problem]:
+def _too_often(config: RunConfig, datasets: Sequence[Dataset | TextCorpus]) -> Iterator[Problem]:
     """Each source that the run would read more often than it may, and when. Where documents are packed that is told once
     they are: `raytron.data.ensure` asks again."""
     if any(size_of(config, dataset, "train") is None for dataset in datasets):
@@ -145,7 +152,7 @@ def _too_often(config: RunConfig, datasets: Sequence[Dataset]) -> Iterator[Probl
         assert beyond is not None
         step = step_of(config, beyond)
         what = (
-            f"{source.dataset} is read {read[number]:.3g} times within {config.steps} steps; "
+            f"{source.dataset or ', '.join(source.sources)} is read {read[number]:.3g} times within {config.steps} steps; "
             f"{source.max_epochs:g} are done at step {step} (sample {beyond:,})"
         )
         least = f", or a weight of at most {source.weight * source.max_epochs / read[number]:.3g}"

@@ -17,6 +17,8 @@ from raytron.data.fim import fim_problems
 from raytron.data.manifest import FILE_NAME
 from raytron.data.records import Fields
 from raytron.data.shards import Dataset, open_dataset
+from raytron.data.text_index import TextCorpus, text_folder
+from raytron.data.text_sources import resolve_text
 from raytron.data.tokenizer import SMALLEST_VOCAB, Tokenizer
 from raytron.errors import ConfigError, DataError, Problem, RaytronError
 
@@ -27,7 +29,9 @@ BUILD_KEYS = (
 
 
 def data_folder(config: RunConfig) -> Path:
-    """Where the data set of a run lies, whether or not it has been prepared."""
+    """Where the data set of a run lies, or the index of its text, whether or not it has been prepared."""
+    if config.data.source == "text":
+        return text_folder(config)
     return Path(config.run_dir) / "data" if config.data.dataset is None else Path(config.data.dataset)
 
 
@@ -52,9 +56,20 @@ def template_of(data: DataConfig) -> str | None:
 def data_problems(config: RunConfig) -> list[Problem]:
     """Everything that keeps a run from using its data, as far as can be told without reading text."""
     if config.data.blend:
-        return [*blend_problems(config), *validation_problems(config, [source.dataset for source in config.data.blend])]
+        found, opened = blend_problems(config)
+        return [*found, *validation_problems(config, opened)]
+    if config.data.source == "text":
+        return [*source_problems(config.data), *_vocab_problems(config), *validation_problems(config, [])]
     ready = config.data.dataset is not None or (data_folder(config) / FILE_NAME).exists()
-    return [*_single_problems(config), *validation_problems(config, [data_folder(config)] if ready else [])]
+    return [*_single_problems(config), *validation_problems(config, _opened(config) if ready else [])]
+
+
+def _opened(config: RunConfig) -> list[Dataset]:
+    """The data set that a run trains on; none where it can't be opened, which is told elsewhere."""
+    try:
+        return [open_dataset(data_folder(config))]
+    except RaytronError:
+        return []
 
 
 def _single_problems(config: RunConfig) -> list[Problem]:
@@ -78,6 +93,11 @@ def dataset_problems(dataset: Dataset, config: RunConfig) -> list[Problem]:
     return found + fim_problems(dataset.tokenizer, data)
 
 
+def text_misfits(text: TextCorpus, config: RunConfig) -> list[Problem]:
+    """What keeps a run from using text that was indexed."""
+    return [*text.misfits(vocab=config.model.vocab), *fim_problems(text.tokenizer, config.data)]
+
+
 def other_build(dataset: Dataset, data: DataConfig) -> list[Problem]:
     """Each key in which the configuration differs from the one that the data set was prepared by."""
     now, unsaid = build_config(data), build_config(DataConfig())  # a key that came later had its default before
@@ -94,10 +114,13 @@ CHANGED = "take the old value, or another run_dir; or remove that folder"
 
 
 def source_problems(data: DataConfig) -> list[Problem]:
-    """What keeps a data set from being prepared."""
+    """What keeps text from being made into a data set, or from being read."""
     found: list[Problem] = []
     try:
-        resolve(data.sources, data.text_key, max_bytes(data), fields=fields_of(data))
+        if data.source == "text":
+            resolve_text(data, data.sources)
+        else:
+            resolve(data.sources, data.text_key, max_bytes(data), fields=fields_of(data))
     except RaytronError as error:
         found += problems_of(error, "data.sources")
     if data.tokenizer.path is None and data.tokenizer.vocab < SMALLEST_VOCAB:

@@ -1,4 +1,4 @@
-"""A data set on one page: what `raytron inspect DATASET` prints."""
+"""A data set, or an index of text, on one page: what `raytron inspect PATH` prints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 from raytron.data.manifest import SPLITS
 from raytron.data.pack import plans_in
 from raytron.data.shards import Dataset, open_dataset
+from raytron.data.text_index import TextCorpus, holds_text, open_text
+from raytron.data.text_reader import TextReader
 
 BAR = 32  # characters of the longest bar
 SHOWN_SOURCES = 12
+READ = 64  # samples of text that are read at once
 
 
 def describe(path: str | Path, verify: bool = False) -> str:
@@ -21,6 +24,8 @@ def describe(path: str | Path, verify: bool = False) -> str:
 
     `verify` also reads every byte of it. Raises DataError where it can't be opened, is incomplete, or is damaged.
     """
+    if holds_text(path):
+        return "\n".join(_text(open_text(path), verify))
     dataset = open_dataset(path)
     lines = [f"data set {dataset.name}", f"  hash        {dataset.hash}", ""]
     lines += [*_splits(dataset), "", *_tokenizer(dataset), "", *_sources(dataset), "", *_lengths(dataset)]
@@ -30,6 +35,34 @@ def describe(path: str | Path, verify: bool = False) -> str:
         dataset.verify()
         lines += ["", "verified: every digest, document boundary and token id is as it should be"]
     return "\n".join(lines)
+
+
+def _text(text: TextCorpus, verify: bool) -> Iterator[str]:
+    """An index of text. Raises DataError where `verify` finds a part, or text, that is not as it was."""
+    said = text.manifest
+    yield from (f"index of text {text.name}", f"  hash        {text.hash}", "")
+    yield f"  {'split':<12}{'samples':>10}{'documents':>13}{'text':>12}"
+    for split in SPLITS:
+        size = sum(part.text_bytes for part in text.parts(split)) / 2**20
+        yield f"  {split:<12}{text.samples(split):>10,}{text.documents(split):>13,}{size:>8.1f} MiB"
+    yield ""
+    yield f"  tokenizer   {text.tokenizer.name}, {text.vocab} ids, end of document {text.eod}"
+    yield f"  sha256      {text.tokenizer_sha256}"
+    yield f"  a sample    {said.rule.sequence_length} tokens, cut by {said.bytes_per_token:g} bytes per token"
+    measured = f"{100 * said.fill:.1f} % of a sample are tokens, {100 * said.cut:.2f} % of all tokens are cut off"
+    yield f"  measured    {said.mean:.3f} bytes per token; {measured}"
+    yield f"  files       {len({unit.path for unit in said.units}):,}"
+    if said.bad_records:
+        yield f"  bad records {said.bad_records:,} left out, such as"
+        yield from (f"  {'':<12}{example}" for example in said.bad_examples)
+    if verify:
+        text.verify()
+        for split in SPLITS:
+            reader = TextReader(text, split) if text.samples(split) else None
+            for first in range(0, text.samples(split), READ):
+                assert reader is not None
+                reader.encoded(range(first, min(first + READ, text.samples(split))))
+        yield from ("", "verified: the text of every sample is what was indexed")
 
 
 def _splits(dataset: Dataset) -> Iterator[str]:

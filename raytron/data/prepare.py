@@ -81,7 +81,7 @@ def prepare(data: DataConfig, directory: str | Path, report: Report = silent) ->
     corpus = resolve(data.sources, data.text_key, max_bytes(data), fields=fields_of(data))
     require_ray()
     _clear(folder, _attempt(data, corpus))
-    tokenizer = _make_tokenizer(data, corpus, folder / TOKENIZER_NAME, report)
+    tokenizer = make_tokenizer(data, corpus, folder / TOKENIZER_NAME, report)
     _tokenize(data, corpus, tokenizer, folder, report)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     report(1.0, f"the data set in {folder} is complete")
@@ -127,7 +127,7 @@ def _is_ours(path: Path) -> bool:
     return known or (shard and path.suffix == ".arrow")
 
 
-def _make_tokenizer(data: DataConfig, corpus: Corpus, path: Path, report: Report) -> Tokenizer:
+def make_tokenizer(data: DataConfig, corpus: Corpus, path: Path, report: Report) -> Tokenizer:
     """Puts tokenizer.json in place: the given one, or one trained on text from all over the corpus."""
     given = data.tokenizer
     if given.path is not None:

@@ -1,7 +1,8 @@
 """Reads samples of one source under one packing: sample number in, row of tokens out.
 
 A `Reader` knows how many samples its source has and what each holds; in which order they are read, and whether among those
-of other sources, is the order's matter (`raytron.data.order`). A row is put together of *pieces*, slices of shards:
+of other sources, is the order's matter (`raytron.data.order`). Text that is tokenized as it is read has a reader of its own
+(`raytron.data.text_reader`). Of a tokenized data set a row is put together of *pieces*, slices of shards:
 
     chop       one piece a row, S + 1 tokens of a shard from S · number on, wherever documents end
     packed     the pieces of one bin of a pack plan (`raytron.data.pack`), each a document of its own, then padding
@@ -24,6 +25,8 @@ from raytron.data.pack import PackPlan, PackRule, find_plan, no_sample, open_pla
 from raytron.data.rows import Rows
 from raytron.data.shard_file import offsets_of
 from raytron.data.shards import Dataset
+from raytron.data.text_index import TextCorpus
+from raytron.data.text_reader import TextReader, no_text
 from raytron.errors import DataError, Problem
 
 
@@ -134,29 +137,35 @@ def too_short(dataset: Dataset, split: Split, sequence_length: int) -> Problem:
     return Problem(dataset.name, what, f"use {shorter}{more}")
 
 
-def open_reader(config: RunConfig, dataset: Dataset, split: Split, verify: bool = False) -> Reader:
-    """What reads a split of a data set as a run's configuration says. Makes the pack plan, if one is needed and not there;
-    verify: else reads every byte of it.
+def open_reader(config: RunConfig, dataset: Dataset | TextCorpus, split: Split, verify: bool = False) -> Reader:
+    """What reads a split of a data set, or of text, as a run's configuration says. Makes the pack plan, if one is needed and
+    not there; verify: else reads every byte of it.
 
     Raises DataError where no sample is to be had, or the plan is damaged or can't be written.
     """
     data, length = config.data, config.sequence_length
+    if isinstance(dataset, TextCorpus):
+        return TextReader(dataset, split, documents=data.apart or data.fim.rate > 0)
     if data.packing == "chop":
         return ChopReader(dataset, split, length, documents=data.apart or data.fim.rate > 0)
     return PackReader(dataset, open_plan(dataset, _rule(config, split), plan_folders(config, dataset), verify))
 
 
-def size_of(config: RunConfig, dataset: Dataset, split: Split) -> int | None:
+def size_of(config: RunConfig, dataset: Dataset | TextCorpus, split: Split) -> int | None:
     """Samples of a split, without reading a shard; None where documents are packed and no plan has been made yet. Raises
     DataError where there is one that is damaged."""
+    if isinstance(dataset, TextCorpus):
+        return dataset.samples(split)
     if config.data.packing == "chop":
         return int(samples_in(dataset, split, config.sequence_length).sum())
     found = find_plan(dataset, _rule(config, split), plan_folders(config, dataset))
     return None if found is None else found.bins
 
 
-def shortage(config: RunConfig, dataset: Dataset, split: Split) -> Problem | None:
+def shortage(config: RunConfig, dataset: Dataset | TextCorpus, split: Split) -> Problem | None:
     """What to say where a split has no sample for a run, as far as its counts tell: documents may yet all be too long."""
+    if isinstance(dataset, TextCorpus):
+        return None if dataset.samples(split) else no_text(dataset, split)
     if config.data.packing == "chop":
         none = not samples_in(dataset, split, config.sequence_length).any()
         return too_short(dataset, split, config.sequence_length) if none else None

@@ -11,6 +11,7 @@ read, always stops: how much is lost is not known.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -81,6 +82,8 @@ class Record(NamedTuple):
     rejected: tuple[Message, ...] = ()  # the other side of a pair that is not divided yet
     pair: int | None = None  # a digest of both sides, of one side of a pair
     chosen: bool | None = None  # which side
+    at: int = 0  # where it lies: the byte of the file that its line or text begins with; the row, counted in its unit
+    size: int = 0  # bytes of that line or text
 
 
 @dataclass
@@ -195,8 +198,9 @@ def _read_text(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
         stop, start = text_start(file, unit.stop), text_start(file, unit.start)
         file.seek(start)
         content = file.read(stop - start)
+    mark = len(codecs.BOM_UTF8) if start == 0 and content.startswith(codecs.BOM_UTF8) else 0
     try:
-        yield Record(content.decode("utf-8-sig" if start == 0 else "utf-8"))
+        yield Record(content[mark:].decode("utf-8"), at=start + mark, size=len(content) - mark)
     except UnicodeDecodeError as error:
         if not unit.skip_broken:
             what = f"is not UTF-8 text: byte 0x{error.object[error.start]:02x}, {error.start} bytes after {start}"
@@ -211,7 +215,7 @@ def _read_jsonl(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
             size, found = _line(file, unit.path, f"the line at byte {position}", fields)
             if not size:
                 return
-            yield found
+            yield found._replace(at=position, size=size) if isinstance(found, Record) else found
             position += size
 
 
@@ -314,11 +318,12 @@ def _read_parquet(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
         count = sum(file.metadata.row_group(group).num_rows for group in groups)
         row = 0
         for rows in file.iter_batches(_rows_at_once(unit.bytes, count), groups, columns):
-            yield from _rows(rows, unit.path, f"row groups {unit.start} to {unit.stop - 1}", row, fields)
+            yield from _rows(rows, unit.path, f"row groups {unit.start} to {unit.stop - 1}", row, fields, row)
             row += len(rows)
 
 
 def _read_arrow(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
+    before = 0  # rows of the unit
     with arrow_batches(unit.path) as (batches, release):
         for number, batch in enumerate(batches(unit.start)):
             if unit.start + number >= unit.stop:
@@ -328,8 +333,9 @@ def _read_arrow(unit: Unit, fields: Fields) -> Iterator[Record | Problem]:
             step = _rows_at_once(batch.nbytes, len(batch))
             for row in range(0, len(batch), step):
                 place = f"record batch {unit.start + number}"
-                yield from _rows(batch.slice(row, step), unit.path, place, row, fields)
+                yield from _rows(batch.slice(row, step), unit.path, place, row, fields, before + row)
                 release()
+            before += len(batch)
 
 
 @contextmanager
@@ -363,8 +369,8 @@ def _rows_at_once(size: int, rows: int) -> int:
     return min(max(ROWS_BYTES * rows // max(size, 1), 1), MOST_ROWS)
 
 
-def _rows(rows: Any, path: str, place: str, first: int, fields: Fields) -> Iterator[Record | Problem]:
-    """The records of some rows. first: the number of the first row, for its name."""
+def _rows(rows: Any, path: str, place: str, first: int, fields: Fields, at: int) -> Iterator[Record | Problem]:
+    """The records of some rows. first: the number of the first row, for its name; at: its number in the unit."""
     if fields.format != "text":
         for number, row in enumerate(rows.to_pylist()):
             yield _record_of(row, path, f"row {first + number} of {place}", fields)
@@ -380,7 +386,7 @@ def _rows(rows: Any, path: str, place: str, first: int, fields: Fields) -> Itera
         if text is not None and len(text) > LONGEST_RECORD:
             yield _too_long(path, f"row {first + number} of {place}", len(text))
         elif text is not None:
-            yield Record(text, metadata)
+            yield Record(text, metadata, at=at + number)
 
 
 READERS: Mapping[Kind, Callable[[Unit, Fields], Iterator[Record | Problem]]] = {

@@ -3,11 +3,13 @@
     data.dataset or sources ─► one source                 data.validation, or else the
     data.blend              ─► several, with weights      sources' own validation splits
 
-Opening reads manifests alone. The streams are made in the processes that read.
+A source is a tokenized data set, or text that is tokenized as it is read (`raytron.data.text_index`). Opening reads
+manifests alone. The streams are made in the processes that read.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from raytron.data.reader import open_reader, shortage, size_of
 from raytron.data.recipe import Recipe
 from raytron.data.shards import Dataset, open_dataset
 from raytron.data.stream import SampleStream, training_transform
+from raytron.data.text_index import TextCorpus, open_text, text_folder
 from raytron.errors import DataError
 
 
@@ -28,7 +31,7 @@ class Held(NamedTuple):
     """A validation set. share: of its loss in the main validation loss; all together 1."""
 
     name: str
-    dataset: Dataset
+    dataset: Dataset | TextCorpus
     split: Split
     share: float
 
@@ -46,7 +49,7 @@ class RunData:
     """The opened data sets of a run, in the order of `data.blend`, or the one that it reads."""
 
     config: RunConfig
-    sources: tuple[Dataset, ...]
+    sources: tuple[Dataset | TextCorpus, ...]
     recipe: Recipe
     held: tuple[Held, ...]  # those that are long enough for a sample; none where the run does not evaluate
 
@@ -65,7 +68,7 @@ class RunData:
 
     @property
     def tokens(self) -> int:
-        """To train on, of all sources."""
+        """To train on, of all sources; of text about."""
         return sum(dataset.tokens("train") for dataset in self.sources)
 
     @property
@@ -74,6 +77,11 @@ class RunData:
         that it begins with."""
         shares = [weight / sum(self.recipe.stages[0].weights) for weight in self.recipe.stages[0].weights]
         return sum(share * each.unigram_entropy for share, each in zip(shares, self.sources, strict=True))
+
+    @property
+    def notices(self) -> list[str]:
+        """What there is to say of each text that is tokenized as it is read."""
+        return [each.notice for each in self.sources if isinstance(each, TextCorpus)]
 
     def train(self) -> TokenStream:
         """Raises DataError where a source is too short for one sample."""
@@ -103,23 +111,35 @@ class RunData:
 
 
 def open_run_data(config: RunConfig, folder: Path | str) -> RunData:
-    """Opens what a run reads. folder: of its data set; a blend names its own. Raises DataError."""
+    """Opens what a run reads. folder: of its data set, or of the index of its text; a blend names its own. Raises
+    DataError."""
+    sources: tuple[Dataset | TextCorpus, ...]
     if config.data.blend:
-        sources = tuple(open_dataset(source.dataset) for source in config.data.blend)
+        sources = tuple(open_entry(config, number) for number in range(len(config.data.blend)))
     else:
-        sources = (open_dataset(folder),)
+        sources = (open_text(folder) if config.data.source == "text" else open_dataset(folder),)
     recipe = Recipe.of(config, [dataset.hash for dataset in sources])
     held = tuple(_held(config, sources)) if config.evaluate.batches else ()
     return RunData(config, sources, recipe, held)
 
 
+def open_entry(config: RunConfig, number: int) -> Dataset | TextCorpus:
+    """What an entry of `data.blend` names. Raises DataError."""
+    entry = config.data.blend[number]
+    return open_text(text_folder(config, number)) if entry.sources else open_dataset(entry.dataset)
+
+
 def source_names(config: RunConfig) -> list[str]:
-    """A name for each entry of `data.blend`: that of its folder, with its number where two are alike."""
-    names = [Path(source.dataset).name or str(number) for number, source in enumerate(config.data.blend)]
+    """A name for each entry of `data.blend`: that of its folder, or of the first of its files, with its number where two
+    are alike."""
+    places = [
+        re.sub(r"[*?\[\]]", "", source.sources[0]) if source.sources else source.dataset for source in config.data.blend
+    ]
+    names = [Path(place).name or str(number) for number, place in enumerate(places)]
     return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names)]
 
 
-def _held(config: RunConfig, sources: tuple[Dataset, ...]) -> Iterator[Held]:
+def _held(config: RunConfig, sources: tuple[Dataset | TextCorpus, ...]) -> Iterator[Held]:
     """The validation sets; those without a whole sample are left out."""
     if config.data.validation:
         for number, each in enumerate(config.data.validation):

@@ -1,6 +1,8 @@
 """One training sample on one page, from its id to its text: what `raytron inspect PATH --sample ID` prints.
 
 sample 5 of an endless sequence ─► source, epoch, sample of it ─► shard, tokens ─► documents, their ends, text
+
+or, of text that is tokenized as it is read, files and bytes in place of shard and tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from raytron.data.run_data import RunData, open_run_data, source_names
 from raytron.data.shard_file import Shard
 from raytron.data.shards import Dataset
 from raytron.data.stream import SampleStream
+from raytron.data.text_reader import TextReader
 from raytron.data.tokenizer import Tokenizer
 from raytron.errors import DataError, Problem, RaytronError
 
@@ -67,7 +70,10 @@ def _page(data: RunData, stream: SampleStream, sample: int, run: bool) -> Iterat
     yield f"  source      {name}{dataset.name}"
     yield f"  epoch       {epoch} of it, from 0: its sample {inner:,} of {reader.size:,}"
     if isinstance(reader, ChopReader | PackReader):
+        assert isinstance(dataset, Dataset)
         yield from _documents(data, dataset, reader, inner)
+    elif isinstance(reader, TextReader):
+        yield from _slices(data, reader, inner)
 
 
 def _documents(data: RunData, dataset: Dataset, reader: ChopReader | PackReader, inner: int) -> Iterator[str]:
@@ -97,6 +103,33 @@ def _documents(data: RunData, dataset: Dataset, reader: ChopReader | PackReader,
     filled = sum(part.stop - part.start for part in parts)
     if filled < length:
         yield f"  {filled:>8,} to {length - 1:<8,} padding"
+
+
+def _slices(data: RunData, reader: TextReader, inner: int) -> Iterator[str]:
+    """The documents of one sample of text, as they are read and tokenized now."""
+    length, manifest = data.config.sequence_length + 1, reader.corpus.manifest
+    window, tokens, lengths = reader.encoded([inner])[0]
+    stops = np.cumsum(lengths).tolist()
+    yield f"  documents   {len(window.slices)}, tokenized now"
+    yield "  " + _ruler([stop for stop, each in zip(stops, window.slices, strict=True) if each.ends], length)
+    if data.config.data.fim.rate:
+        yield "  as it was tokenized: data.fim moves middles of documents afterwards"
+    tokenizer = Tokenizer(reader.corpus.tokenizer, manifest.rule.eod_name)
+    for each, stop, count in zip(window.slices[:SHOWN_DOCUMENTS], stops, lengths.tolist(), strict=False):
+        unit = manifest.units[each.unit]
+        place = f"row {each.at:,} from {unit.start} on" if unit.kind in ("parquet", "arrow") else f"byte {each.at:,}"
+        yield (
+            f"  {stop - count:>8,} to {stop - 1:<8,} document id {each.document:016x}, bytes {each.begin:,} to "
+            f"{each.end - 1:,}{'' if each.ends else ' and goes on'}"
+        )
+        yield f"             {unit.path}, {place}"
+        yield f"             {_text(tokenizer.decode(tokens[stop - count : stop].tolist()))}"
+    if len(window.slices) > SHOWN_DOCUMENTS:
+        yield f"  and {len(window.slices) - SHOWN_DOCUMENTS} more documents"
+    if len(tokens) < length:
+        yield f"  {len(tokens):>8,} to {length - 1:<8,} padding"
+    if len(tokens) > length:
+        yield f"  {length:>8,} to {len(tokens) - 1:<8,} cut off"
 
 
 class Part(NamedTuple):

@@ -54,6 +54,10 @@ class Dataset:
         return self.path / TOKENIZER_NAME
 
     @property
+    def tokenizer_sha256(self) -> str:
+        return self.manifest.tokenizer_sha256
+
+    @property
     def vocab(self) -> int:
         """Token ids are in [0, vocab)."""
         return self.manifest.vocab

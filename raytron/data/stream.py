@@ -21,6 +21,7 @@ from raytron.data.order import FixedOrder, Order, ShuffledOrder
 from raytron.data.reader import ChopReader, Reader, open_reader
 from raytron.data.rows import Rows, Transform, batch_of
 from raytron.data.shards import Dataset
+from raytron.data.text_index import TextCorpus
 from raytron.data.tokenizer import token_ids
 from raytron.errors import DataError
 
@@ -109,7 +110,7 @@ def open_stream(config: RunConfig, dataset: Dataset, split: Split) -> ShardStrea
     )
 
 
-def training_transform(config: RunConfig, dataset: Dataset) -> Transform | None:
+def training_transform(config: RunConfig, dataset: Dataset | TextCorpus) -> Transform | None:
     """What is done to training samples after they were packed; dataset: whose tokenizer made them. Raises DataError where
     the tokenizer lacks a token."""
     fim = config.data.fim

@@ -35,6 +35,7 @@ from raytron.data.task import Job, tokenize_group
 from raytron.errors import ClusterError, DataError, Problem, RaytronError
 
 Report = Callable[[float, str], None]  # (share that is done, in [0, 1]; a line for a human)
+Task = Callable[..., dict[str, Any]]  # of Ray Data's map_batches
 
 GROUPS = 32  # tasks that a corpus is cut in, within the limits of a group's size
 SMALLEST_GROUP_BYTES = 2**20
@@ -58,12 +59,11 @@ def tokenize_corpus(corpus: Corpus, job: Job, vocab: int, shard_bytes: int, repo
 
     Raises DataError for text that can't be read, ClusterError where Ray is not initialised or no CPU is free.
     """
-    _wait_for_cpu()
     groups = group_units(corpus.units, _group_bytes(corpus.bytes, shard_bytes))
     progress = _Progress(corpus.bytes, [sum(unit.bytes for unit in group) for group in groups], report)
     dones: dict[int, Done] = {}
     counts = np.zeros(vocab, np.int64)
-    for row in _run(groups, job):
+    for row in over_cluster(_task, groups, job=job):
         facts = json.loads(row["facts"])
         if "error" in facts:
             raise DataError(facts["error"])
@@ -118,7 +118,7 @@ def group_units(units: Sequence[Unit], group_bytes: int) -> list[list[Unit]]:
 def _task(batch: dict[str, Any], job: Job) -> dict[str, Any]:
     """The Ray Data function: one row in, one row of facts out. An expected error is a row too, so it keeps its text."""
     group = int(batch["group"][0])
-    units = [Unit(*values) for values in json.loads(batch["units"][0])]
+    units = units_of(batch)
     counts = np.zeros(0, np.int64)
     try:
         done, counts = tokenize_group(group, units, job)
@@ -128,15 +128,25 @@ def _task(batch: dict[str, Any], job: Job) -> dict[str, Any]:
     return {"facts": [json.dumps(facts)], "counts": [counts.tobytes()]}
 
 
-def _run(groups: Sequence[Sequence[Unit]], job: Job) -> Iterator[Mapping[str, Any]]:
-    """Rows of facts as tasks end, in any order."""
-    from ray import data as ray_data  # takes most of a second: only where text is really tokenized
+def over_cluster(task: Task, groups: Sequence[Sequence[Unit]], **arguments: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows that a task gives for groups of units, as tasks end, in any order. Raises ClusterError where Ray is not
+    initialised or no CPU is free.
 
+    task: of a batch of one row, the number of its group and its units in JSON (`units_of`), and of the arguments.
+    """
+    from ray import data as ray_data  # takes most of a second: only where text is really read
+
+    _wait_for_cpu()
     items = [{"group": n, "units": json.dumps([astuple(unit) for unit in group])} for n, group in enumerate(groups)]
     with _quiet(ray_data.DataContext.get_current()):
         rows = ray_data.from_items(items, override_num_blocks=len(items))
-        rows = rows.map_batches(_task, batch_size=1, num_cpus=1, zero_copy_batch=True, fn_kwargs={"job": job})
+        rows = rows.map_batches(task, batch_size=1, num_cpus=1, zero_copy_batch=True, fn_kwargs=arguments)
         yield from rows.iter_rows()
+
+
+def units_of(batch: Mapping[str, Any]) -> list[Unit]:
+    """The units of a task's row."""
+    return [Unit(*values) for values in json.loads(batch["units"][0])]
 
 
 @contextmanager

@@ -41,8 +41,11 @@ def _blend(config: RunConfig) -> Iterator[Problem]:
         )
     for number, source in enumerate(data.blend):
         where = f"data.blend[{number}]"
-        if not source.dataset.strip():
-            yield Problem(f"{where}.dataset", "is empty", "name the folder of a tokenized data set")
+        if not source.dataset.strip() and not source.sources:
+            yield Problem(f"{where}.dataset", "is empty", "name the folder of a tokenized data set, or text in sources")
+        if source.dataset.strip() and source.sources:
+            what = "names a tokenized data set and text, which is tokenized as it is read"
+            yield Problem(where, what, "leave dataset or sources empty")
         if source.max_epochs is not None and source.max_epochs <= 0:
             yield Problem(f"{where}.max_epochs", f"{source.max_epochs:g} is too small", "use more than 0, or null")
         late = any(number < len(stage.weights) and stage.weights[number] > 0 for stage in data.stages)
@@ -68,6 +71,35 @@ def _weights(where: str, weights: Sequence[float], block: int) -> Iterator[Probl
             what = f"the weight {weight:g} of source {number} is less than one sample in a block of {block}"
             bigger = f", or data.blend_block of {larger}" if larger <= 1 << 20 else ""
             yield Problem(where, what, f"use 0, or at least {math.ceil(LEAST_SHARE / block * 1e7) / 1e7:g}{bigger}")
+
+
+def _text(config: RunConfig) -> Iterator[Problem]:
+    """What text that is tokenized as it is read does not go with."""
+    data = config.data
+    if data.source == "text" and data.dataset is not None:
+        what = "text is tokenized as it is read, and data.dataset names a data set that is tokenized already"
+        yield Problem("data.source", what, "set data.dataset to null, or data.source to tokens")
+    if data.source == "text" and data.blend:
+        remedy = "use tokens, and name the text in `sources` of an entry of data.blend"
+        yield Problem("data.source", "each entry of a blend says for itself whether it is text", remedy)
+        return
+    if not data.reads_text:
+        return
+    before = "or set data.source to tokens" if not data.blend else "or tokenize the text first (raytron tokenize)"
+    if data.packing == "best_fit":
+        what = (
+            "best_fit packs documents by their tokens, which text that is tokenized as it is read does not tell before"
+        )
+        yield Problem("data.packing", what, f"use chop or pad, {before}")
+    if data.packing == "pad" and data.too_long == "drop":
+        what = "which documents are too long is not known before their text is tokenized"
+        yield Problem("data.too_long", what, f"use cut, {before}")
+    if data.format != "text" and not data.blend:
+        what = f"{data.format} becomes tokens and loss spans of whole conversations, which only a data set keeps"
+        yield Problem("data.format", what, f"use text, {before}")
+    if data.blend and data.tokenizer.path is None:
+        what = "text in a blend is tokenized as it is read, and no tokenizer is given"
+        yield Problem("data.tokenizer.path", what, "give that of the other entries, such as DATASET/tokenizer.json")
 
 
 def _data_stages(config: RunConfig) -> Iterator[Problem]:
@@ -145,6 +177,7 @@ def _metadata(config: RunConfig) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     ("data.sources data.dataset data.tokenizer.path data.tokenizer.vocab model.vocab", _data),
     ("data.blend data.blend_block data.stages data.dataset", _blend),
+    ("data.source data.dataset data.blend data.packing data.too_long data.format data.tokenizer.path", _text),
     (
         "data.blend data.blend_block data.stages steps global_batch_size batch_ramp.start batch_ramp.increment "
         "batch_ramp.samples",

@@ -223,12 +223,33 @@ UNUSED: tuple[Unused, ...] = (
         "name the data sets of data.blend",
     ),
     Unused(
-        "data.sources data.format data.text_key data.metadata_keys data.on_bad_record data.validation_fraction "
-        "data.shard_mb data.max_mb data.tokenizer.vocab data.tokenizer.train_mb data.tokenizer.backend",
+        "data.sources data.format data.metadata_keys data.shard_mb data.max_mb data.tokenizer.vocab "
+        "data.tokenizer.train_mb",
         "data.blend",
         lambda config: not config.data.blend,
         "on the data sets of data.blend, which are tokenized already",
         "leave data.blend empty",
+    ),
+    Unused(
+        "data.text_key data.on_bad_record data.validation_fraction data.tokenizer.backend",
+        "data.blend",
+        lambda config: not config.data.blend or config.data.reads_text,
+        "on the data sets of data.blend, which are tokenized already",
+        "leave data.blend empty, or name text in an entry's sources",
+    ),
+    Unused(
+        "data.metadata_keys data.shard_mb",
+        "data.source",
+        lambda config: config.data.source == "tokens",
+        "where no data set is made",
+        "set data.source to tokens",
+    ),
+    Unused(
+        "data.bytes_per_token",
+        "data.source data.blend",
+        lambda config: config.data.reads_text,
+        "where no text is tokenized as it is read",
+        "set data.source to text",
     ),
     Unused(
         "data.validation",

@@ -7,6 +7,7 @@
             times/           what actions took, where a run has measured them
             trace/           its timeline, where `observe.trace_steps` asks for it
             data/            the data set, where the run prepared it
+            text/            the index of text that is tokenized as it is read
             tokenizer.json   that of the data set
             controller.json  how to reach the run while it lives
 
@@ -38,9 +39,9 @@ MAY_CHANGE = (
     "data.tokenizer.backend",
 )  # fmt: skip
 TOLD_BY_RECIPE = (  # of a blend: which samples it names is compared with the checkpoint's recipe, not key by key
-    "data.dataset", "data.sources", "data.format", "data.text_key", "data.messages_key", "data.chat_template",
+    "data.dataset", "data.source", "data.sources", "data.format", "data.text_key", "data.messages_key", "data.chat_template",
     "data.metadata_keys", "data.on_bad_record", "data.validation_fraction", "data.shard_mb", "data.max_mb",
-    "data.tokenizer.*",
+    "data.bytes_per_token", "data.tokenizer.*",
 )  # fmt: skip
 
 
