@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-SMALL = ["run", "data.max_mb=0.5", "data.tokenizer.train_mb=0.5"]  # a run directory and overrides, for those that train
+SMALL = ["run", "data.max_mb=0.5", "data.tokenizer.train_mb=0.5", "model.vocab=512", "model.hidden=48", "model.ffn=128"]
+TWO = ["mesh.tp=1", "steps=10"]  # workers instead of four, where they have to import torch
 ALONE = ("01", "02", "03", "06")
 LONG = ("04", "05")  # what they show is tested elsewhere, too
 EXAMPLES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "examples").glob("*.py"))}
@@ -26,17 +27,18 @@ def test_there_are_eight():
 
 @pytest.mark.parametrize("name", named(alone=True))
 def test_runs_on_a_machine_alone(name, tmp_path):
-    run(name, tmp_path, {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"})
+    alone = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    run(name, tmp_path, alone, [*SMALL, *TWO] if name.startswith("03") else [])
 
 
 @pytest.mark.parametrize("name", named(alone=False))
 def test_runs_on_a_cluster(name, local_ray, tmp_path):
-    run(name, tmp_path, {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address})
+    run(name, tmp_path, {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}, SMALL)
 
 
-def run(name: str, folder: Path, environment: dict[str, str]) -> None:
+def run(name: str, folder: Path, environment: dict[str, str], arguments: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES[name]), *(SMALL if name >= "03" else [])],
+        [sys.executable, str(EXAMPLES[name]), *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -165,8 +165,8 @@ def test_a_ray_job_trains(prepared, tmp_path, monkeypatch):
     context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)
     try:
         client = job.JobSubmissionClient(f"http://{context.address_info['webui_url']}")
-        ident = client.submit_job(entrypoint=" ".join(command("train", config)))
         deadline = time.monotonic() + 180
+        ident = submitted(client, " ".join(command("train", config)), deadline)
         while not client.get_job_status(ident).is_terminal():
             assert time.monotonic() < deadline, client.get_job_logs(ident)
             time.sleep(0.5)
@@ -174,3 +174,14 @@ def test_a_ray_job_trains(prepared, tmp_path, monkeypatch):
         assert "complete at step 4 of 4" in client.get_job_logs(ident)
     finally:
         ray.shutdown()
+
+
+def submitted(client, entrypoint, deadline):
+    """A job, as soon as Ray has an agent for it, which starts after Ray has."""
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)

@@ -10,6 +10,8 @@ import sys
 import pytest
 import ray
 
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import this module
+
 
 class Actor:
     def process(self):
