@@ -10,6 +10,7 @@ import pytest
 import ray
 from hypothesis import settings
 
+from raytron.testing.warm.pool import Warm
 from raytron.testing.world import World
 
 settings.register_profile("raytron", deadline=None)  # a busy machine is not an error
@@ -45,7 +46,14 @@ def s3_client() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
+def warm() -> Iterator[Warm]:
+    """Workers of the Rays that this process starts have torch and Raytron at once."""
+    with Warm("raytron.training.trainer", "pyarrow.dataset") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def local_ray(warm: Warm) -> Iterator[None]:
     """A Ray of the tests' own, with room for a few workers."""
     start_ray()
     yield

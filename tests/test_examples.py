@@ -1,4 +1,4 @@
-"""Every example runs to its end, as a user would run it."""
+"""Every example runs to its end, as a user would run it: on a machine alone, or on a cluster, which is the tests'."""
 
 import os
 import subprocess
@@ -6,26 +6,40 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
-SMALL = ["run", "data.max_mb=1", "data.tokenizer.train_mb=1"]  # a run directory and overrides, for those that train
+SMALL = ["run", "data.max_mb=0.5", "data.tokenizer.train_mb=0.5", "model.vocab=512", "model.hidden=48", "model.ffn=128"]
+TWO = ["mesh.tp=1", "steps=10"]  # workers instead of four, where they have to import torch
+ALONE = ("01", "02", "03", "06")
 LONG = ("04", "05")  # what they show is tested elsewhere, too
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+EXAMPLES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "examples").glob("*.py"))}
+
+
+def named(alone: bool) -> list[object]:
+    """The examples that need no cluster, or those that are given one."""
+    names = [name for name in EXAMPLES if name.startswith(ALONE) == alone]
+    return [pytest.param(name, marks=[pytest.mark.slow] * name.startswith(LONG), id=name) for name in names]
 
 
 def test_there_are_eight():
-    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03", "04", "05", "06", "07", "08"]
+    assert [name[:2] for name in EXAMPLES] == ["01", "02", "03", "04", "05", "06", "07", "08"]
 
 
-@pytest.mark.parametrize(
-    "example",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.name.startswith(LONG) else []) for path in EXAMPLES],
-    ids=lambda path: path.stem,
-)
-def test_runs(example, tmp_path):
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+@pytest.mark.parametrize("name", named(alone=True))
+def test_runs_on_a_machine_alone(name, tmp_path):
+    alone = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    run(name, tmp_path, alone, [*SMALL, *TWO] if name.startswith("03") else [])
+
+
+@pytest.mark.parametrize("name", named(alone=False))
+def test_runs_on_a_cluster(name, local_ray, tmp_path):
+    run(name, tmp_path, {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}, SMALL)
+
+
+def run(name: str, folder: Path, environment: dict[str, str], arguments: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, str(example), *(SMALL if example.name >= "03" else [])],
-        cwd=tmp_path,
+        [sys.executable, str(EXAMPLES[name]), *arguments],
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Runs seen from outside: signals, other processes, Ray Jobs. Each has a local Ray of its own."""
+"""Runs seen from outside: signals, other processes, Ray Jobs. Those that are ended by a signal have a Ray of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
 from raytron.observe.records import read_records
@@ -23,29 +24,35 @@ TINY_RUN = [
 
 
 @pytest.fixture(scope="module")
-def prepared(corpus, tmp_path_factory):
+def prepared(local_ray, corpus, tmp_path_factory):
     """A data set, tokenized by the command line."""
     run_dir = tmp_path_factory.mktemp("prepared") / "run"
-    run("tokenize", "quickstart_4xcpu", *TINY_RUN, f"data.sources=[{corpus}]", f"run_dir={run_dir}")
+    run("tokenize", "quickstart_4xcpu", *TINY_RUN, f"data.sources=[{corpus}]", f"run_dir={run_dir}", env=joined())
     return run_dir / "data"
 
 
-def environment():
+def alone():
+    """The environment of a command that finds no Ray."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return {**clean, "PYTHONUNBUFFERED": "1"}
+
+
+def joined():
+    """The environment of a command that joins the tests' Ray."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def command(*arguments):
     return [sys.executable, "-m", "raytron.cli", *map(str, arguments)]
 
 
-def run(*arguments, code=0, timeout=120):
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=timeout)
-    assert done.returncode == code, done.stdout + done.stderr
+def run(*arguments, env=None):
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=env or alone(), timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def train(prepared, run_dir, *changes, **options):
+def train(prepared, run_dir, *changes, env=None):
     """`raytron train` in a process group of its own, as from a shell."""
     arguments = command(
         "train", "quickstart_4xcpu", *TINY_RUN, f"data.dataset={prepared}", f"run_dir={run_dir}", *changes
@@ -56,9 +63,8 @@ def train(prepared, run_dir, *changes, **options):
         stdout=pipe,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env=env or alone(),
         start_new_session=True,
-        **options,
     )
 
 
@@ -95,9 +101,12 @@ def all_gone(session, timeout_s=15):
 
 @pytest.mark.recovery
 def test_control_c_saves_stops_and_leaves_no_process(prepared, tmp_path):
+    """Another process sees the run, though its Ray is its own."""
     process = train(prepared, tmp_path)
     reach(process, tmp_path, 3)
     assert len(processes_of(process.pid)) > 5, "Ray's processes are not where this test looks for them"
+    status = json.loads(run("status", tmp_path, "--json"))
+    assert status["step"] >= 3, status
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
@@ -119,22 +128,22 @@ def test_a_second_control_c_leaves_at_once(prepared, tmp_path):
     assert all_gone(process.pid)
 
 
-def test_another_process_sees_and_stops_a_run(prepared, tmp_path):
-    process = train(prepared, tmp_path)
+def test_another_process_stops_a_run(prepared, local_ray, tmp_path):
+    process = train(prepared, tmp_path, "name=stopped", env=joined())
     reach(process, tmp_path, 2)
-    status = json.loads(run("status", tmp_path, "--json"))
-    assert status["step"] >= 2, status
-    run("stop", tmp_path)
+    run("stop", "stopped", env=joined())
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "stopped at step" in said
     assert all_gone(process.pid)
+    deadline = time.monotonic() + 15
+    while left := [actor["name"] for actor in ray.util.list_named_actors(True) if "stopped" in actor["name"]]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def test_a_ray_job_trains(prepared, tmp_path, monkeypatch):
     job = pytest.importorskip("ray.job_submission")
-    import ray
-
     for key in [key for key in os.environ if key.startswith("RAY_")]:
         monkeypatch.delenv(key)
     config = tmp_path / "config.yaml"
@@ -156,8 +165,8 @@ def test_a_ray_job_trains(prepared, tmp_path, monkeypatch):
     context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, log_to_driver=False)
     try:
         client = job.JobSubmissionClient(f"http://{context.address_info['webui_url']}")
-        ident = client.submit_job(entrypoint=" ".join(command("train", config)))
         deadline = time.monotonic() + 180
+        ident = submitted(client, " ".join(command("train", config)), deadline)
         while not client.get_job_status(ident).is_terminal():
             assert time.monotonic() < deadline, client.get_job_logs(ident)
             time.sleep(0.5)
@@ -165,3 +174,14 @@ def test_a_ray_job_trains(prepared, tmp_path, monkeypatch):
         assert "complete at step 4 of 4" in client.get_job_logs(ident)
     finally:
         ray.shutdown()
+
+
+def submitted(client, entrypoint, deadline):
+    """A job, as soon as Ray has an agent for it, which starts after Ray has."""
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)

@@ -71,8 +71,15 @@ def test_pairwise(world, case):
     check_equal(world, config_of(case))
 
 
-@pytest.mark.parametrize("sizes", list(itertools.product((1, 2), repeat=3)), ids=lambda s: "tp{}pp{}dp{}".format(*s))
-@pytest.mark.parametrize("sequence_parallel", [True, False], ids=["sp", "nosp"])
+SIZES = list(itertools.product((1, 2), repeat=3))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sequence_parallel"),
+    [(sizes, True) for sizes in SIZES]
+    + [pytest.param(sizes, False, marks=[pytest.mark.slow] * (sizes[0] == 1)) for sizes in SIZES],  # tp 1 cuts nothing
+    ids=lambda value: "tp{}pp{}dp{}".format(*value) if isinstance(value, tuple) else "sp" if value else "nosp",
+)
 def test_every_mesh(world, sizes, sequence_parallel):
     tp, pp, dp = sizes
     mesh = {"mesh.tp": tp, "mesh.pp": pp, "mesh.dp": dp, "mesh.sequence_parallel": sequence_parallel}
