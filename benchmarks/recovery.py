@@ -12,7 +12,7 @@ Nodes are those of `ray.cluster_utils`, whose health Ray checks every second: al
 is told that it will leave; a spare waits on another one, and a new node takes the lost one's place.
 
 Each kind of fault is measured in a process of its own, which has a limit of time, and what it has found is written when it
-ends: benchmarks/results/recovery.json keeps what other kinds have found before, each with its date and load.
+ends: benchmarks/results/recovery.json keeps what other kinds have found before on this machine, with date and load.
 
 `constants` are those that benchmarks/goodput.py simulates a fleet with.
 """
@@ -432,6 +432,16 @@ def measured(name: str, trials: int) -> dict[str, Any]:
     return {**(summary(found) if found else {"trials": 0}), **facts}
 
 
+def found_before(path: Path) -> dict[str, Any]:
+    """What is known of each kind, if it is of this machine and these versions."""
+    known = json.loads(path.read_text()) if path.exists() else {"context": {}, "runs": {}}
+    here = context()
+    same = all(known["context"].get(key) == here[key] for key in ("cpu", "cores", "python", "torch"))
+    if not same and known["runs"]:
+        print(f"{path} is of another machine, {known['context']}: it is begun anew", flush=True)
+    return dict(known["runs"]) if same else {}
+
+
 def result_of(runs: dict[str, Any]) -> dict[str, Any]:
     """What is written: the runs, and what follows from those that are there."""
     result: dict[str, Any] = {"context": context(), "runs": {name: runs[name] for name in KINDS if name in runs}}
@@ -467,7 +477,7 @@ def main() -> None:
     trials = {name: given.trials if KINDS[name].local else given.node_trials or given.trials for name in names}
     takes = {name: START_S / 4 + KINDS[name].trial_s * count for name, count in trials.items()}
     print(f"about {sum(takes.values()) / 60:.0f} minutes", flush=True)
-    runs = json.loads(RESULT.read_text())["runs"] if RESULT.exists() else {}
+    runs = found_before(RESULT)
     for name in names:
         print(f"{name}: {trials[name]} trials, about {takes[name] / 60:.1f} minutes", flush=True)
         runs[name] = measured(name, trials[name])
