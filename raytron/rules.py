@@ -128,10 +128,11 @@ RANGES: tuple[Range, ...] = (
     Range("lr.stable_fraction", 0, 1),
     Range("data.validation_fraction", 0, 1, open_low=True, open_high=True),
     Range("data.blend_block", 1, 1 << 20),
+    Range("data.text_fill", 0.1, 1),
     Range("data.prefetch", 0, 64),
     Range("data.fim.rate", 0, 1),
     Range("data.fim.spm_rate", 0, 1),
-    *_more_than_zero("data.shard_mb data.max_mb data.bytes_per_token data.tokenizer.train_mb"),
+    *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
     *_at_least(1, "checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best"),
     *_at_least(1, "evaluate.every evaluate.prompt_tokens"),
@@ -1103,7 +1104,7 @@ UNUSED: tuple[Unused, ...] = (
         "set data.source to tokens",
     ),
     Unused(
-        "data.bytes_per_token",
+        "data.text_fill",
         "data.source data.blend",
         lambda config: config.data.reads_text,
         "where no text is tokenized as it is read",
