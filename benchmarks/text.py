@@ -21,6 +21,7 @@ from context import context, write
 from raytron.config import RunConfig, load
 from raytron.data.batch import TokenStream
 from raytron.data.ensure import ensure_data
+from raytron.data.estimate import Estimate
 from raytron.data.run_data import open_run_data
 from raytron.data.text_build import TextJob, index_group
 from raytron.data.text_index import TextCorpus, text_folder
@@ -73,8 +74,8 @@ def one(config: RunConfig) -> dict[str, Any]:
     fill, cut = fullness(reader, range(reader.size))
     return {
         "samples": reader.size,
-        "bytes_per_token": text.manifest.bytes_per_token,
-        "mean_bytes_per_token": round(text.manifest.mean, 3),
+        "bytes_per_token": round(text.manifest.mean, 3),
+        "cut_for_percent": round(100 * text.manifest.fill_for),
         "fill_percent": round(100 * fill, 2),
         "cut_percent": round(100 * cut, 3),
         "tokens_per_cpu_s": rate(data.train()),
@@ -100,7 +101,7 @@ def main() -> None:
         units, folder = resolve_text(base.data, base.data.sources).units, Path(scratch) / "parts"
         folder.mkdir()
         rule = rule_of(base, Tokenizer(path, base.data.tokenizer.eod))
-        job = TextJob(str(folder), rule, 3.5 * rule.sequence_length, 4.0)
+        job = TextJob(str(folder), rule, Estimate.even(250), 0.9)
         indexing = cpu_seconds(lambda: index_group(0, 0, units, job))
         parts = sum(path.stat().st_size for path in folder.glob("*.arrow"))
         texts = {str(n): one(base.replace(sequence_length=n, run_dir=f"{scratch}/{n}")) for n in LENGTHS}

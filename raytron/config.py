@@ -322,9 +322,7 @@ class DataConfig:
     validation: tuple[ValidationConfig, ...] = ()  # the first is the main one; (): the data's own validation splits
     # tokens: `sources` are made into a data set first; text: they are tokenized as samples of them are read
     source: Literal["tokens", "text"] = "tokens"
-    bytes_per_token: float | None = (
-        None  # text: by which it is cut into samples; None: measured, so that little is lost
-    )
+    text_fill: float | None = None  # text: share of a sample that it is cut for; None: measured, so that little is lost
     sources: tuple[str, ...] = ("python-stdlib",)  # files, folders, globs, URLs of those, or the word python-stdlib
     format: Literal["text", "chat", "preference"] = "text"  # of a record; chat: messages, the assistant's are learned;
     # preference: `chosen` and `rejected`, messages or answers to a `prompt`, which become two documents

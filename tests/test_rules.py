@@ -548,12 +548,12 @@ CASES = [
         "data.source to tokens",
     ),
     (
-        {"data.bytes_per_token": 4.0},
-        "data.bytes_per_token",
+        {"data.text_fill": 0.9},
+        "data.text_fill",
         "where no text is tokenized as it is read",
         "set data.source to text",
     ),
-    ({"data.source": "text", "data.bytes_per_token": 0}, "data.bytes_per_token", "0 is too small", "more than 0"),
+    ({"data.source": "text", "data.text_fill": 0}, "data.text_fill", "0 is too small", "at least 0.1"),
     ({"data.stages": [{"start_step": 5, "weights": [1]}]}, "data.stages", "without a blend", "leave it at []"),
     (
         {"data.blend": HALVES, "data.stages": [{"weights": [0.5, 0.5]}]},

@@ -48,7 +48,7 @@ def _text(text: TextCorpus, verify: bool) -> Iterator[str]:
     yield ""
     yield f"  tokenizer   {text.tokenizer.name}, {text.vocab} ids, end of document {text.eod}"
     yield f"  sha256      {text.tokenizer_sha256}"
-    yield f"  a sample    {said.rule.sequence_length} tokens, cut by {said.bytes_per_token:g} bytes per token"
+    yield f"  a sample    {said.rule.sequence_length} tokens, cut for {100 * said.fill_for:.0f} % of them by estimate"
     measured = f"{100 * said.fill:.1f} % of a sample are tokens, {100 * said.cut:.2f} % of all tokens are cut off"
     yield f"  measured    {said.mean:.3f} bytes per token; {measured}"
     yield f"  files       {len({unit.path for unit in said.units}):,}"

@@ -23,6 +23,7 @@ import xxhash
 from raytron.config import RunConfig
 from raytron.data.corpus import Corpus
 from raytron.data.density import Density, measure
+from raytron.data.estimate import Estimate
 from raytron.data.fast import FAST, Encoder
 from raytron.data.manifest import SPLITS, Unigram
 from raytron.data.order import permute
@@ -61,8 +62,8 @@ class TextJob:
 
     folder: str
     rule: TextRule
-    limit: float  # bytes of a window
-    end_bytes: float  # that the end of a document counts for
+    estimate: Estimate
+    fill: float  # share of the sequence length that windows are cut for
 
 
 def ensure_text(config: RunConfig, sources: Sequence[str], folder: Path, report: Report) -> TextCorpus:
@@ -81,14 +82,14 @@ def ensure_text(config: RunConfig, sources: Sequence[str], folder: Path, report:
     report(0.25, "measuring how much text a token has")
     encoder = Encoder(tokenizer, config.data.tokenizer.backend)
     density = _density(corpus, encoder, rule)
-    chosen = density.bytes_per_token if rule.bytes_per_token is None else rule.bytes_per_token
-    job = TextJob(str(folder.absolute()), rule, chosen * rule.sequence_length, density.mean)
+    fill_for = density.fill if rule.fill is None else rule.fill
+    job = TextJob(str(folder.absolute()), rule, density.estimate, fill_for)
     manifest = TextManifest(
         rule=rule,
-        bytes_per_token=chosen,
+        worth=density.estimate.worth,
+        fill_for=fill_for,
         mean=density.mean,
         nats=Unigram.of(density.counts).nats,
-        measured_tokens=density.tokens,
         vocab=tokenizer.vocab,
         eod=tokenizer.eod,
         backend=FAST if encoder.name == FAST else "tokenizers",
@@ -111,7 +112,7 @@ def index_group(group: int, first: int, units: Sequence[Unit], job: TextJob) -> 
     Raises DataError for text that can't be read.
     """
     folder, rule, tally = Path(job.folder), job.rule, Tally()
-    cutters = {split: Cutter(job.limit, job.end_bytes, alone=rule.alone) for split in SPLITS}
+    cutters = {split: Cutter(job.estimate, job.fill * rule.sequence_length, alone=rule.alone) for split in SPLITS}
     writers = {split: PartWriter(folder / f"{split}-{group:06d}.arrow", split) for split in SPLITS}
     fields = Fields(rule.text_key, (), rule.on_bad_record)
     for number, unit in enumerate(units, first):

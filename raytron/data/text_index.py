@@ -78,7 +78,7 @@ class TextRule:
     validation_fraction: float
     tokenizer_sha256: str
     eod_name: str
-    bytes_per_token: float | None  # these as they were asked for
+    fill: float | None  # these as they were asked for
     backend: str
     tokenizer_vocab: int | None  # of one that was trained for it
     tokenizer_mb: float | None
@@ -87,10 +87,10 @@ class TextRule:
 @dataclass(frozen=True)
 class TextManifest:
     rule: TextRule
-    bytes_per_token: float  # that windows were cut by
+    worth: tuple[int, ...]  # the estimate that windows were cut by (`raytron.data.estimate`),
+    fill_for: float  # and the share of the sequence length that they were cut for
     mean: float  # bytes of a token, as measured
     nats: float  # entropy of one token drawn at random, as measured
-    measured_tokens: int
     vocab: int
     eod: int
     backend: str  # `data.tokenizer.backend` that samples are encoded by
@@ -107,8 +107,8 @@ class TextManifest:
         decides = {
             "format": FORMAT,
             "rule": {key: getattr(self.rule, key) for key in DECIDES},
-            "bytes_per_token": self.bytes_per_token,
-            "mean": self.mean,
+            "worth": self.worth,
+            "fill_for": self.fill_for,
             "parts": [[part.split, part.samples, part.content] for part in self.parts],
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -185,9 +185,9 @@ class TextCorpus:
         said = self.manifest
         bad = f"; {said.bad_records:,} bad records left out, such as {said.bad_examples[0]}" if said.bad_records else ""
         return (
-            f"text: {self.samples('train'):,} samples an epoch, tokenized as they are read, by {said.bytes_per_token:g} "
-            f"bytes per token; {100 * said.fill:.1f} % of a sample are tokens, the rest padding, and {100 * said.cut:.2f} % "
-            f"of all tokens are cut off (measured on some samples){bad}"
+            f"text: {self.samples('train'):,} samples an epoch, tokenized as they are read; cut for "
+            f"{100 * said.fill_for:.0f} % of their length by estimate, {100 * said.fill:.1f} % of a sample are tokens, the "
+            f"rest padding, and {100 * said.cut:.2f} % of all tokens are cut off (measured on some samples){bad}"
         )
 
 
@@ -295,6 +295,7 @@ def open_text(folder: str | Path) -> TextCorpus:
         raw["rule"] = TextRule(**raw["rule"])
         raw["units"] = tuple(Unit(**unit) for unit in raw["units"])
         raw["parts"] = tuple(TextPart(**part) for part in raw["parts"])
+        raw["worth"] = tuple(raw["worth"])
         raw["bad_examples"] = tuple(raw["bad_examples"])
         manifest = TextManifest(**raw)
     except (OSError, ValueError, KeyError, TypeError) as error:

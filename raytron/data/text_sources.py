@@ -62,7 +62,7 @@ def rule_of(config: RunConfig, tokenizer: Tokenizer) -> TextRule:
         tokenizer_mb=data.tokenizer.train_mb if data.tokenizer.path is None else None,
         eod_name=data.tokenizer.eod,
         backend=data.tokenizer.backend,
-        bytes_per_token=data.bytes_per_token,
+        fill=data.text_fill,
     )
 
 

@@ -1,7 +1,8 @@
-"""Cuts text into *windows*: so many bytes that their tokens just fill a sample, before anything is tokenized.
+"""Cuts text into *windows*: so much of it as just fills a sample, before anything is tokenized.
 
-How many tokens a text has is known only when it was tokenized; its bytes are known at once. So text that is tokenized as
-it is read is cut by bytes: documents end to end, a window a sample, and S tokens are taken to be S · (bytes per token).
+How many tokens a text has is known only when it was tokenized; about how many is told by its bytes
+(`raytron.data.estimate`). So text that is tokenized as it is read is cut by that estimate: documents end to end, a window a
+sample.
 
     window 0                      window 1                     window 2
     ├ d0 ────┤ d1 ──┤ d2 ───────  ───── d2 ──────────────────  ── d2 ─┤ d3 ──────┤ …
@@ -9,7 +10,7 @@ it is read is cut by bytes: documents end to end, a window a sample, and S token
 A document is cut where it does not fit, at a line end or before a space where there is one near, so that most tokenizers
 give both sides the tokens that they have in the whole; else between two characters. No text is left out, and none is in
 two windows. Where a window turns out to hold more than S + 1 tokens, the last ones are cut off; where it holds fewer, it
-is padded: `raytron.data.density` measures how many bytes a token is best taken to have.
+is padded: `raytron.data.density` measures for how many tokens windows are best cut.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
+
+from raytron.data.estimate import TOKEN, Estimate
 
 NEAR = 16  # in this part of a window a good place to cut is looked for
-LEAST_BYTES = 8  # of a window: two characters, whatever they are
+REACH = 5  # bytes for each token of a window, whose worth is looked at first
+CHARACTER = 4  # bytes, at most
 LINE_END = re.compile(rb"(?<=\S)\n(?=\S)")
 SPACE = re.compile(rb"(?<=\S) (?=\S)")
 
@@ -42,35 +48,35 @@ class Slice(NamedTuple):
 @dataclass
 class Window:
     slices: list[Slice] = field(default_factory=list)
-    used: float = 0.0  # bytes, those that the ends of documents count for included
+    used: int = 0  # what it is worth, the ends of documents included, in thousandths of a token
     digest: int = 0  # xxh3-64 of its text
 
 
 class Cutter:
     """Cuts documents, one after another, into windows.
 
-    limit: bytes of a window. end_bytes: that the token which ends a document counts for. alone: each document begins a
-    window of its own.
+    tokens: that a window is cut for. alone: each document begins a window of its own.
     """
 
-    def __init__(self, limit: float, end_bytes: float, *, alone: bool = False):
-        self.limit, self.end_bytes, self.alone = max(limit, LEAST_BYTES), end_bytes, alone
-        self.near = max(int(self.limit) // NEAR, LEAST_BYTES // 2)
+    def __init__(self, estimate: Estimate, tokens: float, *, alone: bool = False):
+        self.estimate, self.alone = estimate, alone
+        self.limit = max(int(tokens * TOKEN), TOKEN)
         self._begin()
 
     def add(self, unit: int, at: int, size: int, document: int, text: bytes) -> Iterator[Window]:
         """Takes in one document; the windows that are full now."""
         begin = 0
         while begin < len(text):
-            room = int(self.limit - self._window.used)
-            whole = len(text) - begin <= room
-            if not whole and self._window.slices and room < self.near:
+            room = self.limit - self._window.used
+            worth = self._worth(text, begin, room)
+            ends = worth[-1] <= room
+            if not ends and self._window.slices and room < self.limit // NEAR:
                 yield self._close()
                 continue
-            end = len(text) if whole else self._place(text, begin, begin + room)
+            end = len(text) if ends else self._place(text, begin, worth, room)
             ends = end == len(text)
             self._window.slices.append(Slice(unit, at, size, begin, end, ends, document))
-            self._window.used += end - begin + (self.end_bytes if ends else 0)
+            self._window.used += int(worth[min(end - begin, len(worth) - 1)]) + TOKEN * ends
             self._digest.update(text[begin:end])
             if not ends or self.alone:
                 yield self._close()
@@ -90,12 +96,24 @@ class Cutter:
         self._begin()
         return window
 
-    def _place(self, text: bytes, begin: int, stop: int) -> int:
-        """Where to cut, after `begin` and at `stop` at most, but for a single character that is longer."""
-        low = max(begin + 1, stop - self.near)
-        near = text[low - 1 : stop + 1]  # with the characters on both sides
+    def _worth(self, text: bytes, begin: int, room: int) -> NDArray[np.int64]:
+        """(n + 1,): what the text is worth from `begin` up to each place, until it is worth more than `room`, or ends."""
+        reach = REACH * self.limit // TOKEN
+        while True:
+            stop = min(begin + reach, len(text))
+            worth = self.estimate.running(text, begin, stop)
+            if stop == len(text) or worth[-1] > room:
+                return worth
+            reach *= 2
+
+    def _place(self, text: bytes, begin: int, worth: NDArray[np.int64], room: int) -> int:
+        """Where to cut, so that no more than `room` is taken, but for a single character that is worth more."""
+        stop = begin + max(int(np.searchsorted(worth, room, side="right")) - 1, 0)
+        near = begin + int(np.searchsorted(worth, room - self.limit // NEAR))
+        low = max(begin + 1, min(near, stop - CHARACTER))
+        around = text[low - 1 : stop + 1]  # with the characters on both sides
         for pattern, after in ((LINE_END, 1), (SPACE, 0)):
-            found = [match.start() + after for match in pattern.finditer(near)]
+            found = [match.start() + after for match in pattern.finditer(around)]
             if found:
                 return low - 1 + found[-1]
         while stop > begin and _is_inside(text, stop):

@@ -79,7 +79,8 @@ RANGES: tuple[Range, ...] = (
     Range("data.prefetch", 0, 64),
     Range("data.fim.rate", 0, 1),
     Range("data.fim.spm_rate", 0, 1),
-    *_more_than_zero("data.shard_mb data.max_mb data.bytes_per_token data.tokenizer.train_mb"),
+    Range("data.text_fill", 0.1, 1),
+    *_more_than_zero("data.shard_mb data.max_mb data.tokenizer.train_mb"),
     Range("data.tokenizer.vocab", 257),  # every byte and the end of a document
     *_at_least(1, "checkpoint.every checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best"),
     *_at_least(1, "evaluate.every evaluate.prompt_tokens"),

@@ -245,7 +245,7 @@ UNUSED: tuple[Unused, ...] = (
         "set data.source to tokens",
     ),
     Unused(
-        "data.bytes_per_token",
+        "data.text_fill",
         "data.source data.blend",
         lambda config: config.data.reads_text,
         "where no text is tokenized as it is read",

@@ -41,7 +41,7 @@ MAY_CHANGE = (
 TOLD_BY_RECIPE = (  # of a blend: which samples it names is compared with the checkpoint's recipe, not key by key
     "data.dataset", "data.source", "data.sources", "data.format", "data.text_key", "data.messages_key", "data.chat_template",
     "data.metadata_keys", "data.on_bad_record", "data.validation_fraction", "data.shard_mb", "data.max_mb",
-    "data.bytes_per_token", "data.tokenizer.*",
+    "data.text_fill", "data.tokenizer.*",
 )  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def test_with_one_byte_a_token_an_epoch_is_the_whole_corpus(config: RunConfig, c
     assert real + text.tokens("validation") == sum(len(document(n).encode()) + 1 for n in range(260))
     assert real / batch.tokens.size > 0.9
     manifest = text.manifest  # type: ignore[union-attr]
-    assert (manifest.bytes_per_token, manifest.cut) == (1.0, 0.0)
+    assert (set(manifest.worth), manifest.fill_for, manifest.cut) == ({1000}, 1.0, 0.0)
 
 
 def test_samples_are_full_and_little_is_cut(data: RunData) -> None:
@@ -216,7 +216,7 @@ def test_samples_are_full_and_little_is_cut(data: RunData) -> None:
     (notice,) = data.notices
     assert "% of a sample are tokens" in notice
     assert "tokens are cut off (measured on some samples)" in notice
-    asked = data.config.replace(**{"data.bytes_per_token": 1.0, "run_dir": f"{data.config.run_dir}/dense"})
+    asked = data.config.replace(**{"data.text_fill": 0.4, "run_dir": f"{data.config.run_dir}/dense"})
     assert opened(asked).sizes[0] > 1.3 * data.sizes[0]
 
 
@@ -485,6 +485,6 @@ def test_a_damaged_part_and_another_tokenizer_are_named(data: RunData, config: R
     with pytest.raises(DataError, match="is not the tokenizer that the text was indexed with"):
         open_run_data(config, folder).train()
     index = folder / "index.json"
-    index.write_text(index.read_text().replace('"vocab": 400', '"vocab": 400').replace('"mean": ', '"mean": 1'))
+    index.write_text(index.read_text().replace('"fill_for": ', '"fill_for": 1'))
     with pytest.raises(DataError, match="was changed after it was written"):
         open_text(folder)
