@@ -22,6 +22,7 @@ from collections import deque
 from typing import NamedTuple
 
 FLOOR_S = 5.0  # no watchdog of steps is more impatient
+FRESH_S = 20.0  # nor one of building and loading, in which a process that is new imports what others have long had
 MARGIN = 3.0  # times the longest that is usual
 ENOUGH = 8  # samples from which on the longest may be a slip
 FIRST, STEP, SAVING, EVALUATION, BUILDING, LOADING = "first step", "step", "saving", "evaluation", "building", "loading"
@@ -81,8 +82,8 @@ class Patience:
         phase = FIRST if phase == STEP and not self._warm else phase
         seen = self._times.get(phase)
         if not seen:
-            return max(FLOOR_S, self.unknown_s)
-        known = max(FLOOR_S, MARGIN * usual(seen))
+            return max(floor(phase), self.unknown_s)
+        known = max(floor(phase), MARGIN * usual(seen))
         if phase == STEP:  # until there is enough of it, a step is trusted as little as the first one
             return known if len(seen) >= ENOUGH else max(known, self.limit(FIRST))
         return known
@@ -94,6 +95,11 @@ class Patience:
         heartbeat = max(self.heartbeat_s, MARGIN * usual(self._answers))
         longer = (max(2.0 * collective, self.limit(phase)) for phase in (BUILDING, LOADING))
         return Limits(min(heartbeat, 0.6 * progress), progress, collective, *longer)
+
+
+def floor(phase: str) -> float:
+    """The least that any limit of a phase is, in seconds."""
+    return FLOOR_S if phase in WITHIN_GROUPS else FRESH_S
 
 
 def usual(seconds: deque[float]) -> float:

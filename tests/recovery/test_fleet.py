@@ -26,9 +26,9 @@ def fleet(dataset, folder, what):
 def test_a_node_that_leaves(corpus_dataset, undisturbed, tmp_path, what, restarts):
     answer = fleet(corpus_dataset, tmp_path, what)
     story = {event["event"]: event for event in answer["events"]}
-    assert answer["losses"] == undisturbed(**{"mesh.dp": 2, "steps": 16}).result.losses
+    assert answer["losses"] == undisturbed(**{"mesh.dp": 2, "steps": 32}).result.losses
     assert answer["restarts"] == restarts
-    assert answer["controller"] == answer["head"], "where it was launched, and on no node that may be lost"
+    assert answer["controller"] != answer["victim"]
     assert answer["victim"] not in story["workers"]["nodes"].values()
     assert story["workers"]["source"] == "memory"
     assert ("notice" in story) == (what == "drain")
