@@ -74,6 +74,7 @@ def one(config: RunConfig) -> dict[str, Any]:
     fill, cut = fullness(reader, range(reader.size))
     return {
         "samples": reader.size,
+        "backend": text.manifest.backend,
         "bytes_per_token": round(text.manifest.mean, 3),
         "cut_for_percent": round(100 * text.manifest.fill_for),
         "fill_percent": round(100 * fill, 2),
