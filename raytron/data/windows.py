@@ -69,11 +69,12 @@ class Cutter:
         while begin < len(text):
             room = self.limit - self._window.used
             worth = self._worth(text, begin, room)
-            ends = worth[-1] <= room
-            if not ends and self._window.slices and room < self.limit // NEAR:
+            whole = worth[-1] <= room
+            end = len(text) if whole else self._place(text, begin, worth, room)
+            little = room < self.limit // NEAR or worth[min(end - begin, len(worth) - 1)] > room  # not even a character
+            if not whole and little and self._window.slices:
                 yield self._close()
                 continue
-            end = len(text) if ends else self._place(text, begin, worth, room)
             ends = end == len(text)
             self._window.slices.append(Slice(unit, at, size, begin, end, ends, document))
             self._window.used += int(worth[min(end - begin, len(worth) - 1)]) + TOKEN * ends
