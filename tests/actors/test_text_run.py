@@ -16,6 +16,7 @@ from raytron.observe.records import read_records
 def on_text(tmp_path, corpus, name="run", **changes):
     data = {"source": "text", "sources": [str(corpus)], "validation_fraction": 0.2, "tokenizer": {"vocab": 300}}
     made = {**TINY, "name": f"{tmp_path.name}-{name}".replace("_", "-"), "run_dir": str(tmp_path / name), "data": data}
+    made["lr"] = {"decay_steps": 4}  # also of a run that is begun with fewer steps
     return load(made).replace(**changes)
 
 
