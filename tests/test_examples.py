@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import ray
 
-SMALL = ["run", "data.max_mb=0.5", "data.tokenizer.train_mb=0.5", "model.vocab=512", "model.hidden=48", "model.ffn=128"]
-TWO = ["mesh.tp=1", "steps=10"]  # workers instead of four, where they have to import torch
+SMALL = ["run", "data.max_mb=0.5", "data.tokenizer.train_mb=0.5", "data.tokenizer.vocab=512", "model.vocab=512"]
+SMALL += ["model.hidden=48", "model.ffn=128"]
+TWO = ["mesh.tp=1", "steps=12"]  # workers instead of four, where they have to import torch
 ALONE = ("01", "02", "03", "06")
 LONG = ("04", "05")  # what they show is tested elsewhere, too
 EXAMPLES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "examples").glob("*.py"))}

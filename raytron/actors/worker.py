@@ -56,6 +56,7 @@ BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 IDLE = "waiting"
 WAITING_IN = os.path.join("torch", "distributed")
 PHASES = {"samples": "reading its samples", "forward": "forward and backward"}  # of a step, in words
+FREE_PEERS_S = 0.2  # for a rank's own error to reach the controller before those of the ranks that wait for it
 PEER_WORDS = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe", "store", "socket")
 
 
@@ -408,7 +409,7 @@ class Worker:
             raise
         except Exception as error:
             failure = self._failure(error, f"stage {self.shape.coords(self.rank).pp}, {doing}")
-            threading.Thread(target=self._free_peers, daemon=True).start()
+            threading.Thread(target=self._free_peers, args=(self._orders,), daemon=True).start()
             raise failure from None
         self._doing, self._since = IDLE, time.monotonic()
 
@@ -422,11 +423,13 @@ class Worker:
         where = f"{where}, {phase}" if phase else where
         return OutOfMemoryError(self.rank, where, cause, trace, host=exhausted == "host")
 
-    def _free_peers(self) -> None:
-        """Closing a group makes gloo raise in the ranks that wait in it."""
-        time.sleep(0.2)  # let this rank's own error reach the controller first
+    def _free_peers(self, orders: Orders | None) -> None:
+        """Closing the groups of a mesh makes gloo raise in the ranks that wait in them. orders: of that mesh; by the time
+        this rank may be of another one."""
+        time.sleep(FREE_PEERS_S)
         with self._leaving:
-            close_world()
+            if self._orders is orders:
+                close_world()
 
 
 def worker_name(number: int) -> str:

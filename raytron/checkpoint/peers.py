@@ -36,7 +36,10 @@ class Peers:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, alone: bool = False):
-        self.alone = alone or not (dist.is_available() and dist.is_initialized())
+        world = dist.is_available() and dist.is_initialized()
+        if group is not None and not world:
+            raise CheckpointError("this rank has left the process group that saves or loads a checkpoint")
+        self.alone = alone or not world
         self.group = group
         self.rank = 0 if self.alone else dist.get_rank(group)
         self.size = 1 if self.alone else dist.get_world_size(group)
