@@ -11,12 +11,11 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from context import context, write
+from context import context, cpu_seconds, write
 
 from raytron.data.corpus import resolve
 from raytron.data.records import documents
@@ -24,12 +23,6 @@ from raytron.data.task import Job, tokenize_group
 from raytron.data.tokenizer import Tokenizer, train_tokenizer
 
 EOD = "<|endoftext|>"
-
-
-def cpu_s(action: Callable[[], Any]) -> float:
-    start = time.process_time()
-    action()
-    return time.process_time() - start
 
 
 def task(folder: Path, name: str, text: Path, tokenizer: Tokenizer, backend: str) -> Callable[[], Any]:
@@ -67,7 +60,7 @@ def main() -> None:
                 ),
             }
             for case, (times, action) in cases.items():
-                rates.setdefault(case, []).append(times * size / cpu_s(action))
+                rates.setdefault(case, []).append(times * size / cpu_seconds(action))
     medians = {case: round(statistics.median(found), 1) for case, found in rates.items()}
     facts = context(rounds=given.rounds, text_mb=round(size, 1), documents=len(texts), vocabulary=tokenizer.vocab)
     write("build", {"context": facts, "median_mb_per_cpu_s": medians})

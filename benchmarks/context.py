@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def write(name: str, result: dict[str, Any]) -> None:
     text = json.dumps(result, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     print(text)
+
+
+def cpu_seconds(work: Callable[[], Any], rounds: int = 1) -> float:
+    """CPU time of this process, in the best of some rounds."""
+    found = []
+    for _ in range(rounds):
+        begin = time.process_time()
+        work()
+        found.append(time.process_time() - begin)
+    return min(found)
 
 
 def _lines(path: str) -> list[str]:

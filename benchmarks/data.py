@@ -149,7 +149,7 @@ def cases(dataset: Dataset, folder: Path) -> tuple[dict[str, Reader], list[str]]
     return found, absent
 
 
-def cpu_seconds() -> float:
+def cpu_of_all() -> float:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
@@ -226,9 +226,9 @@ def main() -> None:
         best = dict.fromkeys(readers, 0.0)
         for _ in range(rounds):
             for name, read in readers.items():
-                begin = cpu_seconds()
+                begin = cpu_of_all()
                 tokens = read()
-                best[name] = max(best[name], tokens / (cpu_seconds() - begin))
+                best[name] = max(best[name], tokens / (cpu_of_all() - begin))
         result = {
             "context": context(numpy=np.__version__, rounds=rounds, sequence_length=LENGTH, batch=BATCH),
             "tokens_per_cpu_s": {name: round(value) for name, value in best.items()},

@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import tempfile
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from context import context, write
+from context import context, cpu_seconds, write
 
 from raytron.data.blend import BlendOrder, Stage, whole_weights
 from raytron.data.manifest import Manifest, ShardEntry, Source, Unigram, write_manifest
@@ -36,13 +35,6 @@ def blend(sources: int) -> BlendOrder:
     weights = random.dirichlet(np.ones(sources)) / 2 + 1 / (2 * sources)
     sizes = random.integers(10**5, 10**7, sources).tolist()
     return BlendOrder(tuple(sizes), (Stage(0, whole_weights(weights.tolist())),), 1, BLOCK)
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Processor time."""
-    begin = time.process_time()
-    work()
-    return time.process_time() - begin
 
 
 def large(folder: Path, documents: int) -> Path:
@@ -64,7 +56,7 @@ def opened(folder: Path) -> tuple[float, float]:
     def work() -> ShardStream:
         return ShardStream(open_dataset(folder), "train", LENGTH)
 
-    best = min(seconds(work) for _ in range(5))
+    best = cpu_seconds(work, 5)
     tracemalloc.start()
     work()
     peak = tracemalloc.get_traced_memory()[1]
@@ -88,7 +80,7 @@ def main() -> None:
     best = dict.fromkeys(cases, float("inf"))
     for _ in range(rounds):
         for name, work in cases.items():
-            best[name] = min(best[name], seconds(work))
+            best[name] = min(best[name], cpu_seconds(work))
     with tempfile.TemporaryDirectory() as scratch:
         made = {documents: large(Path(scratch) / str(documents), documents) for documents in (10**5, 10**8, 10**10)}
         opening = {f"{documents:.0e} documents": opened(folder) for documents, folder in made.items()}

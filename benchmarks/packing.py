@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import time
 from bisect import bisect_left, insort
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from context import context, write
+from context import context, cpu_seconds, write
 from numpy.typing import NDArray
 
 from raytron.data.best_fit import best_fit
@@ -39,16 +37,6 @@ def lengths_of(count: int) -> NDArray[np.int64]:
     return np.minimum(np.random.default_rng(0).lognormal(6.0, 1.2, count).astype(np.int64) + 2, 200_000)
 
 
-def cpu_seconds(function: Callable[[], Any]) -> float:
-    """Of the best of three rounds."""
-    rounds = []
-    for _ in range(3):
-        begin = time.process_time()
-        function()
-        rounds.append(time.process_time() - begin)
-    return min(rounds)
-
-
 def plain_loop(lengths: list[int], capacity: int) -> int:
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
@@ -60,17 +48,17 @@ def plain_loop(lengths: list[int], capacity: int) -> int:
 def packing(sequence_length: int) -> dict[str, Any]:
     lengths, capacity = lengths_of(DOCUMENTS), sequence_length + 1
     shards = [offsets_of(lengths[at : at + SHARD]) for at in range(0, DOCUMENTS, SHARD)]
-    pieces = np.concatenate([cut(offsets, sequence_length, False)[0].lengths for offsets in shards])
+    pieces = np.concatenate([cut(offsets, sequence_length, False)[0].lengths for offsets in shards], 3)
     windows = [pieces[at : at + WINDOW] for at in range(0, len(pieces), WINDOW)]
-    cutting = cpu_seconds(lambda: [cut(offsets, sequence_length, False) for offsets in shards])
-    fitting = cpu_seconds(lambda: [best_fit(window, capacity) for window in windows])
+    cutting = cpu_seconds(lambda: [cut(offsets, sequence_length, False) for offsets in shards], 3)
+    fitting = cpu_seconds(lambda: [best_fit(window, capacity) for window in windows], 3)
     bins = sum(len(best_fit(window, capacity).ends) for window in windows)
     sample = pieces[: WINDOW // 16].tolist()
     return {
         "pieces": len(pieces),
         "best_fit_pieces_per_s": round(len(pieces) / fitting),
         "with_cutting_pieces_per_s": round(len(pieces) / (fitting + cutting)),
-        "plain_loop_pieces_per_s": round(len(sample) / cpu_seconds(lambda: plain_loop(sample, capacity))),
+        "plain_loop_pieces_per_s": round(len(sample) / cpu_seconds(lambda: plain_loop(sample, capacity), 3)),
         "padding_percent": round(100 * (1 - int(pieces.sum()) / (bins * capacity)), 4),
         "chop_cuts_percent_of_documents": round(100 * _chopped(shards, sequence_length) / DOCUMENTS, 1),
         "best_fit_cuts_percent_of_documents": round(100 * float((lengths > capacity).mean()), 1),

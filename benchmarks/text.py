@@ -10,13 +10,11 @@ from __future__ import annotations
 import json
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from context import context, write
+from context import context, cpu_seconds, write
 
 from raytron.config import RunConfig, load
 from raytron.data.batch import TokenStream
@@ -47,23 +45,13 @@ def make_corpus(path: Path) -> int:
     return size
 
 
-def cpu_seconds(function: Callable[[], Any]) -> float:
-    """Of the best of three rounds."""
-    rounds = []
-    for _ in range(3):
-        begin = time.process_time()
-        function()
-        rounds.append(time.process_time() - begin)
-    return min(rounds)
-
-
 def rate(stream: TokenStream) -> int:
     """Tokens that count, of each second of CPU time."""
 
     def read() -> int:
         return int(sum(stream.batch(first, 8).weights.sum() for first in range(0, READ, 8)))
 
-    return round(read() / cpu_seconds(read))
+    return round(read() / cpu_seconds(read, 3))
 
 
 def one(config: RunConfig) -> dict[str, Any]:
@@ -103,7 +91,7 @@ def main() -> None:
         folder.mkdir()
         rule = rule_of(base, Tokenizer(path, base.data.tokenizer.eod))
         job = TextJob(str(folder), rule, Estimate.even(250), 0.9)
-        indexing = cpu_seconds(lambda: index_group(0, 0, units, job))
+        indexing = cpu_seconds(lambda: index_group(0, 0, units, job), 3)
         parts = sum(path.stat().st_size for path in folder.glob("*.arrow"))
         texts = {str(n): one(base.replace(sequence_length=n, run_dir=f"{scratch}/{n}")) for n in LENGTHS}
         index_facts = {

@@ -111,10 +111,7 @@ class Dataset:
 
     def misfits(self, *, vocab: int | None = None, tokenizer_sha256: str | None = None) -> list[Problem]:
         """What keeps a model with `vocab` token ids, or whoever holds that tokenizer, from using this data set."""
-        found = []
-        if vocab is not None and self.vocab > vocab:
-            what = f"its token ids go up to {self.vocab - 1}, the model's only to {vocab - 1}"
-            found.append(Problem(self.name, what, f"set model.vocab to {self.vocab} or more"))
+        found = ids_beyond(vocab, self.name, self.vocab)
         if tokenizer_sha256 is not None and tokenizer_sha256 != self.manifest.tokenizer_sha256:
             what = f"was tokenized with another tokenizer ({self.manifest.tokenizer_sha256[:12]}…"
             remedy = f"use {self.tokenizer}, or tokenize the corpus with your tokenizer"
@@ -166,6 +163,14 @@ class Dataset:
                 return [Problem(self.path_of(entry), "the shard is missing", REBUILD)]
             found = Dataset(Path(folder), self.manifest)._shard_problems(entry)
         return [problem._replace(where=self.path_of(entry)) for problem in found]
+
+
+def ids_beyond(vocab: int | None, name: str, ids: int) -> list[Problem]:
+    """What keeps a model with `vocab` token ids from using data of so many, by its name. None: any model will do."""
+    if vocab is None or ids <= vocab:
+        return []
+    what = f"its token ids go up to {ids - 1}, the model's only to {vocab - 1}"
+    return [Problem(name, what, f"set model.vocab to {ids} or more")]
 
 
 def _content_faults(shard: Shard, vocab: int) -> list[str]:

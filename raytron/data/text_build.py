@@ -30,9 +30,9 @@ from raytron.data.order import permute
 from raytron.data.parts import is_validation
 from raytron.data.prepare import make_tokenizer
 from raytron.data.records import SHOWN_BAD, Fields, Tally, Unit, records
+from raytron.data.shards import TOKENIZER_NAME
 from raytron.data.text_index import (
     FILE_NAME,
-    TOKENIZER_NAME,
     PartWriter,
     TextCorpus,
     TextManifest,

@@ -30,11 +30,11 @@ from raytron.config import RunConfig
 from raytron.data.manifest import Split
 from raytron.data.records import Unit
 from raytron.data.shard_file import digest_of, offsets_of, replacing
+from raytron.data.shards import TOKENIZER_NAME, ids_beyond
 from raytron.data.windows import Slice, Window
 from raytron.errors import DataError, Problem
 
 FILE_NAME = "index.json"
-TOKENIZER_NAME = "tokenizer.json"
 FORMAT = "raytron-text-index 1"  # another number where another index would be made of the same text
 AGAIN = "remove the folder: it is made again when a run needs it"
 ROWS = 1 << 14  # samples of one record batch
@@ -166,11 +166,8 @@ class TextCorpus:
         return round(text / self.manifest.mean) + self.documents(split)
 
     def misfits(self, *, vocab: int | None = None, tokenizer_sha256: str | None = None) -> list[Problem]:
-        """What keeps a model with `vocab` token ids, or whoever holds that tokenizer, from using this text."""
-        if vocab is not None and self.vocab > vocab:
-            what = f"its token ids go up to {self.vocab - 1}, the model's only to {vocab - 1}"
-            return [Problem(self.name, what, f"set model.vocab to {self.vocab} or more")]
-        return []
+        """As `Dataset.misfits`. Another tokenizer is none: then the text is indexed for it."""
+        return ids_beyond(vocab, self.name, self.vocab)
 
     def verify(self) -> None:
         """Reads every byte of the index. Raises DataError where a part is not as it was written."""
