@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from raytron.config import RunConfig, divisors, flatten, to_mapping
+from raytron.config import RunConfig, divisors
 from raytron.errors import Problem
 from raytron.rules.rule import Rule
-from raytron.rules.words import any_of, as_yaml, counted, divided
+from raytron.rules.words import any_of, counted, divided
 
 
 def _head_width(config: RunConfig) -> Iterator[Problem]:
@@ -44,17 +44,6 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
     if config.evaluate.prompt is not None and config.evaluate.prompt_tokens >= rows:
         what = f"{config.evaluate.prompt_tokens} tokens and a prompt are more than the {rows} learned positions"
         yield Problem("evaluate.prompt_tokens", what, f"use less than {rows}")
-
-
-def _experts_unused(config: RunConfig) -> Iterator[Problem]:
-    if config.model.experts.count > 0:
-        return
-    values, defaults = flatten(to_mapping(config)), flatten(to_mapping(RunConfig()))
-    needy = [key for key in values if key.startswith("model.experts.")]
-    for key in (*needy, "mesh.ep", "mesh.etp", "mesh.expert_dispatch"):
-        if values[key] != defaults[key]:
-            what = f"{values[key]!r} has no effect on a model without experts"
-            yield Problem(key, what, f"leave it at {as_yaml(defaults[key])}, or set model.experts.count to 2 or more")
 
 
 def _expert_choice(config: RunConfig) -> Iterator[Problem]:
@@ -117,7 +106,6 @@ RULES: tuple[Rule, ...] = (
     ("model.heads model.kv_heads", _kv_heads),
     (f"{_HEADS} model.positions", _rotary),
     ("sequence_length model.max_positions model.positions evaluate.prompt_tokens", _positions),
-    ("model.experts.count", _experts_unused),
     (
         "model.experts.count model.experts.top_k model.experts.groups model.experts.group_top_k "
         "model.experts.normalize model.experts.drop model.experts.capacity_factor model.experts.shared_gate "

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
+from operator import attrgetter
 from typing import NamedTuple
 
-from raytron.config import RunConfig, flatten, to_mapping
+from raytron.config import ExpertsConfig, RunConfig
 from raytron.errors import Problem
 from raytron.rules.words import as_yaml, one_of
+
+DEFAULTS = RunConfig()
 
 
 class Unused(NamedTuple):
@@ -22,11 +26,14 @@ class Unused(NamedTuple):
     def check(self, config: RunConfig) -> Iterator[Problem]:
         if self.used(config):
             return
-        values, defaults = flatten(to_mapping(config)), flatten(to_mapping(RunConfig()))
         for key in self.keys.split():
-            if values[key] != defaults[key]:
-                what = f"{as_yaml(values[key])} has no effect {self.where}"
-                yield Problem(key, what, f"leave it at {as_yaml(defaults[key])}, or {self.remedy}")
+            value, default = attrgetter(key)(config), attrgetter(key)(DEFAULTS)
+            if value != default:
+                what = f"{as_yaml(value)} has no effect {self.where}"
+                yield Problem(key, what, f"leave it at {as_yaml(default)}, or {self.remedy}")
+
+
+EXPERT_AXES = ("mesh.ep", "mesh.etp", "mesh.expert_dispatch")
 
 
 def _optimizers(keys: str, *names: str) -> Unused:
@@ -41,6 +48,13 @@ def _optimizers(keys: str, *names: str) -> Unused:
 
 
 UNUSED: tuple[Unused, ...] = (
+    Unused(
+        " ".join([*(f"model.experts.{key.name}" for key in fields(ExpertsConfig)), *EXPERT_AXES]),
+        "model.experts.count",
+        lambda config: config.model.experts.count > 0,
+        "on a model without experts",
+        "set model.experts.count to 2 or more",
+    ),
     _optimizers("optimizer.beta1 optimizer.beta2", "adamw", "muon", "lion"),
     _optimizers("optimizer.eps", "adamw", "muon"),
     _optimizers("optimizer.momentum optimizer.nesterov", "muon", "sgd"),

@@ -37,6 +37,8 @@ def around(value: int, step: int) -> str:
 
 
 def as_yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
     return "null" if value is None else str(value).lower()
 
 
