@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 from ray.util.placement_group import placement_group_table, remove_placement_group
@@ -22,7 +22,8 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from raytron.actors.budget import Kind
 from raytron.actors.cluster import NAMESPACE, part_of
 from raytron.actors.gang import Member
-from raytron.actors.worker import Orders, Standing
+from raytron.actors.moves import AS_ASKED
+from raytron.actors.worker import Orders, Request, Standing
 from raytron.observe.records import Record
 
 ANSWER_S = 20.0  # for a worker to say where it stands
@@ -114,10 +115,41 @@ def lost(events: Iterable[Record]) -> list[Record]:
     return [{"step": event["step"], "ranks": event["ranks"], "why": event["cause"]} for event in told]
 
 
-def is_paused(events: Sequence[Record]) -> bool:
-    """Whether a run was paused when its controller died."""
+def is_resting(events: Sequence[Record]) -> bool:
+    """Whether a run stood still when its controller died."""
     told = [event["event"] for event in events if event["event"] in ("paused", "resumed")]
     return told[-1:] == ["paused"]
+
+
+class Outstanding(NamedTuple):
+    """What clients had asked for when the controller died, and was not done. rates: keys of lr; remesh: the mesh that the
+    configuration has by then; requests: a checkpoint, the end."""
+
+    paused: bool
+    rates: dict[str, Any]
+    remesh: bool
+    requests: Request
+
+
+def outstanding(events: Iterable[Record]) -> Outstanding:
+    """As the events of a launch tell it."""
+    paused, remesh, requests, asked_at = False, False, Request.NONE, 0
+    rates: dict[str, Any] = {}
+    for event in events:
+        kind = event["event"]
+        if kind == "asked":
+            paused = event.get("paused", paused)
+            rates = {**rates, **event.get("rates", {})}
+            remesh = remesh or "mesh" in event
+            requests |= Request(event.get("request", 0))
+            asked_at = event["step"] if event.get("request") == Request.CHECKPOINT else asked_at
+        elif kind in ("lr", "lr_refused"):
+            rates = {}
+        elif kind == "mesh" and event.get("why") == AS_ASKED:
+            remesh = False
+        elif kind == "checkpoint" and event["step"] >= asked_at:
+            requests &= ~Request.CHECKPOINT
+    return Outstanding(paused, rates, remesh, requests)
 
 
 def losses(events: Iterable[Record]) -> list[tuple[str, int, str, float]]:

@@ -30,10 +30,10 @@ from raytron.actors.budget import Budget, Kind
 from raytron.actors.cluster import draining, living, survey
 from raytron.actors.desk import Desk
 from raytron.actors.exhausted import Exhaustion
-from raytron.actors.gang import ROOM_S, Gang, failed
+from raytron.actors.gang import ROOM_S, Gang
 from raytron.actors.health import Health
 from raytron.actors.memory_records import untold
-from raytron.actors.moves import Moves
+from raytron.actors.moves import AS_ASKED, Moves, Wanted
 from raytron.actors.patience import Patience
 from raytron.actors.probation import Probation
 from raytron.actors.recovery import WorkersLost, first_line
@@ -221,14 +221,25 @@ class Controller(Desk):
         self.budget.restore(told)
         self._restarts = len(told)
         self._lost.extend(adoption.lost(events))
-        self._paused = self._resting = adoption.is_paused(events)
+        self._resting = adoption.is_resting(events)
         self._open_gang(plan)
         assert self._gang is not None
         self._gang.adopt(heirs.ranks, heirs.spares, orders.seats)
         self.memory.adopt(orders.keepers)
         for member in heirs.ranks.values():
             member.actor.beat.remote(self._recorded, int(Request.PAUSE))
+        self._take_up(adoption.outstanding(events))
         return self._recover(plan, WorkersLost(heirs.missing, "the controller died and was started again"))
+
+    def _take_up(self, asked: adoption.Outstanding) -> None:
+        """What the controller before was asked for, and had not done."""
+        self._paused, self._rates = asked.paused, asked.rates
+        self._asked |= asked.requests | (Request.PAUSE if asked.rates else Request.NONE)
+        if asked.remesh:
+            try:
+                self._want(Wanted(make_plan(self.config, survey()), AS_ASKED))
+            except ConfigError as error:
+                self._say("mesh_refused", f"the mesh stays: {error.problems[0].what}")
 
     def _build(self, plan: Plan, data: RunData) -> None:
         """Fills the gang, and builds one epoch of the mesh from the newest good state."""
@@ -438,12 +449,10 @@ class Controller(Desk):
         gang = self._gang
         self._lose(self._lost_nodes())
         gang.drop([gang.ranks[rank] for rank in lost.ranks if rank in gang.ranks])
-        calls = {member.actor.leave.remote(self.memory.on): member for member in gang.ranks.values()}
         limit_s = LEAVE_S + 2 * float(self.chronicle.last.get("step_time_s", 0.0))
-        back, late = ray.wait(list(calls), num_returns=len(calls), timeout=limit_s) if calls else ([], [])
-        gone = [call for call in back if failed(call)]
-        gang.drop([calls[call] for call in (*late, *gone)])
-        left = [ray.get(call) for call in back if call not in gone]
+        left = gang.call_back(
+            self.memory.on, limit_s, meanwhile=lambda: self._lose(self.lines.gone(self._homes()).nodes)
+        )
         for each in left:
             self._hear(each.records)
         judged = self.budget.judge(lost.kind, self._recorded, lost.why)
@@ -491,12 +500,18 @@ class Controller(Desk):
         return WorkersLost(late, "the connection broke, and Ray says nothing") if late else None
 
     def _lose(self, nodes: Iterable[str]) -> None:
-        """Gives up all that lives on some nodes, and asks nobody there any more."""
-        assert self._gang is not None
+        """Gives up all that lives on some nodes, asks nobody there any more, and frees the ranks that wait for them."""
+        gang, nodes = self._gang, set(nodes)
+        assert gang is not None
+        if not nodes:
+            return
+        staying = {node["NodeManagerAddress"] for node in living() if node["NodeID"] not in nodes}
+        gone = {gang.address(node) for node in nodes} - staying
         for node in nodes:
-            self._say("node", f"node {self._gang.address(node)} is gone", node=node)
-            self._gang.lose(node)
+            self._say("node", f"node {gang.address(node)} is gone", node=node)
+            gang.lose(node)
             self.memory.lose(node)
+        gang.free(gone)
 
     def _roll_back(self, back: Rollback) -> None:
         """A step had bad numbers, twice: to an older state, from which it will be skipped. Raises where that is hopeless."""

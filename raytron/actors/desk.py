@@ -23,7 +23,7 @@ from raytron.actors.cluster import survey, token
 from raytron.actors.control import control
 from raytron.actors.gang import Gang, failed
 from raytron.actors.lines import Lines
-from raytron.actors.moves import Moves, Wanted
+from raytron.actors.moves import AS_ASKED, Moves, Wanted
 from raytron.actors.tiers import Memory
 from raytron.actors.worker import Request
 from raytron.config import RunConfig, flatten, to_mapping
@@ -88,6 +88,12 @@ class Desk:
             raise ConfigError([Problem(*(text.replace(where, "lr") for text in problem)) for problem in found])
         return config
 
+    def _note(self, what: str, **facts: Any) -> None:
+        """Writes down what a client asks for before it is done: a controller that is started again knows of it
+        (`raytron.actors.adoption.outstanding`)."""
+        step = int(self.chronicle.last.get("step", self._step))
+        self._say("asked", f"asked for {what} after step {step}", step=step, **facts)
+
     def _want(self, wanted: Wanted) -> None:
         """Another plan, from the next step on."""
         self._wanted = wanted
@@ -146,6 +152,9 @@ class Desk:
     @control
     def request(self, request: int) -> str:
         """Asks for a checkpoint or a stop (with a checkpoint); returns the phase that it met."""
+        for each in (Request.CHECKPOINT, Request.STOP):
+            if each & request:
+                self._note("a checkpoint" if each is Request.CHECKPOINT else "the end", request=int(each))
         self._asked |= Request(request)
         return self._phase
 
@@ -168,9 +177,10 @@ class Desk:
         if changed:
             self.config = config
             self.directory.write_config(config)
+            self._note(f"mesh {plan.mesh}", mesh=str(plan.mesh))
             if self._moves is not None:
                 self._moves.begin(config, plan)
-            self._want(Wanted(plan, "as asked"))
+            self._want(Wanted(plan, AS_ASKED))
         return str(plan)
 
     @control
@@ -178,6 +188,7 @@ class Desk:
         """Asks the ranks to wait after the step that is under way; returns the phase that it met. Raises ClusterError where
         no step will follow."""
         self._at_work("be paused")
+        self._note("a pause", paused=True)
         self._paused = True
         self._asked |= Request.PAUSE
         return self._phase
@@ -188,6 +199,7 @@ class Desk:
         self._at_work("go on")
         if not self._paused:
             raise ClusterError(f"{self.config.name} is not paused ({self._phase})")
+        self._note("going on", paused=False)
         self._paused = False
 
     @control
@@ -199,6 +211,7 @@ class Desk:
             raise ConfigError([Problem("lr.start_step", "is the next step", "leave it out")])
         wanted = {**self._rates, **keys}
         self._with_rates(wanted, max(self._step, int(self.chronicle.last.get("step", 0))))
+        self._note(", ".join(f"lr.{key} {value}" for key, value in keys.items()), rates=keys)
         self._rates = wanted
         self._asked |= Request.PAUSE
 

@@ -29,7 +29,7 @@ from raytron.actors.cluster import NAMESPACE, controller_name, free, living
 from raytron.actors.lines import LineTo
 from raytron.actors.seat import Seat, homes
 from raytron.actors.versions import mismatches, versions
-from raytron.actors.worker import Facts, OpenTrainer, WorkerActor, end_process
+from raytron.actors.worker import Facts, Left, OpenTrainer, WorkerActor, end_process
 from raytron.errors import ClusterError
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import Plan
@@ -37,6 +37,7 @@ from raytron.training.open import open_trainer
 
 PATIENCE_S = 10.0  # before a wait is explained
 POLL_S = 0.5
+LOOK_S = 0.1
 ROOM_S = 3.0  # for a place that is free
 AT_ONCE_S = 0.1  # for one that nobody is waiting for
 DOUBT_S = 120.0  # for Ray to find that a node is dead that counts as lost; after that it is used again
@@ -267,6 +268,30 @@ class Gang:
         return sum(facts.node_id == self.facts[rank].node_id for facts in self.facts.values())
 
     # ---- fewer of them
+
+    def free(self, gone: Collection[str]) -> None:
+        """Frees ranks that wait for nodes which are gone, by their addresses."""
+        for member in self.ranks.values():
+            member.actor.free.remote(gone)
+
+    def call_back(self, park: bool, limit_s: float, meanwhile: Callable[[], None]) -> list[Left]:
+        """All ranks leave their mesh; who does not within `limit_s` is killed. What those who do have left.
+
+        park: their state in memory. meanwhile: called while they are waited for, ten times a second; it may drop some.
+        """
+        calls = {member.actor.leave.remote(park): member for member in self.ranks.values()}
+        waiting, left, end = list(calls), [], time.monotonic() + limit_s
+        while waiting and time.monotonic() < end:
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)
+            for call in done:
+                if failed(call):
+                    self.drop([calls[call]])
+                else:
+                    left.append(ray.get(call))
+            meanwhile()
+            waiting = [call for call in waiting if calls[call].number in self.members]
+        self.drop([calls[call] for call in waiting])
+        return left
 
     def drop(self, members: Iterable[Member]) -> None:
         """Kills some members; their seats are free again."""

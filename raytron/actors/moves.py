@@ -24,6 +24,7 @@ from raytron.plan.growth import Growth
 from raytron.plan.plan import Plan
 
 LOOK_S = 1.0  # between two looks at the cluster
+AS_ASKED = "as asked"  # why, where a client wants it
 
 Say = Callable[..., None]  # (kind of event, message, **facts)
 

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -38,7 +38,7 @@ from raytron.actors.exhausted import where_exhausted
 from raytron.actors.keeper import fetch_through
 from raytron.actors.lease import Lease, ask_for, exit_now
 from raytron.actors.lines import Line, LineTo
-from raytron.actors.network import bind_to
+from raytron.actors.network import bind_to, cut
 from raytron.actors.seat import Seat
 from raytron.actors.versions import Versions, versions
 from raytron.checkpoint.gather import Fetch
@@ -356,6 +356,11 @@ class Worker:
             [each for each in list(self._trainer.clock.seen) if each.step > after] if self._trainer is not None else []
         )
         return Beat(step, self._doing, seconds, self._waits(), list(self._records) if first else [], reports, busy)
+
+    @control
+    def free(self, gone: Collection[str]) -> None:
+        """Frees this rank where it waits for nodes that are gone, by their addresses. Of gloo; not of NCCL yet."""
+        cut(gone)
 
     @control
     def end(self, pid: int) -> None:

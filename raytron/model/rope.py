@@ -41,9 +41,9 @@ class _Rotation(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sense: int) -> Tensor:
     """sense: 1 forwards, -1 back."""
-    first, second = x.float().chunk(2, dim=-1)
-    out = torch.empty(x.shape, device=x.device)
-    turned_first, turned_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-sense)
-    torch.mul(second, cos, out=turned_second).addcmul_(first, sin, value=sense)
-    return out.to(x.dtype)
+    halves = x.float().view(*x.shape[:-1], 2, -1)
+    out: Tensor = halves * cos.unsqueeze(-2)
+    (first, second), (turned_first, turned_second) = halves.unbind(-2), out.unbind(-2)
+    turned_first.addcmul_(second, sin, value=-sense)
+    turned_second.addcmul_(first, sin, value=sense)
+    return out.flatten(-2).to(x.dtype)

@@ -229,12 +229,13 @@ class GradientBuckets:
         self._bucket_of[param].prepare(param)
 
     def contributed(self, param: Param) -> None:
-        self._remaining[param] -= 1
+        self._remaining[param] = left = self._remaining[param] - 1
         bucket = self._bucket_of[param]
         bucket.contributed(param)
-        if bucket.early and self._remaining[param] > 0:
+        if left == 0:
+            self._reduce_complete()
+        elif bucket.early:
             self._reduce_early(bucket)
-        self._reduce_complete()
 
     def _reduce_early(self, bucket: Bucket) -> None:
         """Before the last micro-batch: reduces a bucket in which every parameter has something new."""

@@ -63,7 +63,6 @@ class Param(nn.Parameter):
             target.add_(gradient)
         self._added(self.sink, last)
 
-    @torch.no_grad()
     def add_product(self, dy: Tensor, x: Tensor, *, last: bool = True) -> None:
         """Adds dyᵀ x, the gradient of a linear layer: dy (T, N), x (T, K), parameter viewed as (N, K)."""
         if self.sink is None or dy.dtype != torch.float32:

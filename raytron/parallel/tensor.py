@@ -98,8 +98,9 @@ class _ColumnLinear(torch.autograd.Function):
         later = parallel.deferred.active
         gathered = start_all_gather(x, group) if cut and not later else None
         dx = dys[0] @ matrix(weights[0])
+        flat = dx.view(-1, dx.shape[-1])
         for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            dx += dy @ matrix(weight)
+            flat.addmm_(_flat(dy), matrix(weight))
         communicated = start_reduce_scatter(dx, group) if cut else start_all_reduce(dx, group)
         inputs = gathered() if gathered is not None else None
 

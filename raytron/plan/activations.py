@@ -14,9 +14,8 @@ gate and up, dropout nothing; a whole block its input.
 After I and until W (zero-bubble schedules) a block keeps instead what its weight gradients are made of, recomputed or
 not: the input of each linear layer and the gradient of its output.
 
-Where it depends on the kernel, this says what torch really keeps: on a CPU an RMS norm is made of several operations,
-which keep the normalised input in float32 beside the input (itself in float32, too, where it is not); on a GPU one
-kernel keeps the input. Attention keeps the same with every kernel.
+Where it depends on the kernel, this says what torch really keeps: on a CPU the statistics of a layer norm have the
+input's type. Attention keeps the same with every kernel.
 """
 
 from __future__ import annotations
@@ -149,8 +148,6 @@ def _norm(kind: NormName, rows: int, width: int, item: int, device: Device) -> l
     if kind == "layernorm":
         statistic = rows * (item if device == "cpu" else FP32)
         return [values * item, statistic, statistic]
-    if device == "cpu":
-        return [values * FP32, rows * FP32, values * FP32]
     return [values * item, rows * FP32]
 
 
@@ -169,11 +166,10 @@ def _attention(config: RunConfig, sizes: Sizes, recomputed: bool, device: Device
     if model.qk_norm:
         rows = (sizes.tokens * sizes.heads, sizes.tokens * sizes.kv_heads)
         inside = [_norm("rmsnorm", count, sizes.width, sizes.item, device) for count in rows]
-        if sizes.item == FP32 or device == "cuda":
-            inside[1][0] = pair  # k is a part of what is projected together with v
+        inside[1][0] = pair  # k is a part of what is projected together with v
         kept += [size for norm in inside for size in norm]
     if parts == 1:
-        kept += [pair] if not model.qk_norm or (sizes.item < FP32 and device == "cpu") else []  # v is a part of it, too
+        kept += [pair] if not model.qk_norm else []  # v is a part of it, too
         kept += [pair // 2] if model.qk_norm or model.positions == "rope" else []  # k in a storage of its own
     return kept
 

@@ -36,7 +36,7 @@ from raytron.plan.live import Held, incoming, kept_after_each
 from raytron.plan.mesh import MeshShape
 from raytron.plan.names import group_of
 from raytron.plan.parameters import Parameter, elements, rank_parameters
-from raytron.plan.recompute import WHOLE, Treatment, treatments
+from raytron.plan.recompute import Treatment, treatments
 from raytron.plan.schedule import Schedule
 from raytron.plan.split import Range
 
@@ -241,16 +241,15 @@ def stage_held(config: RunConfig, stages: Sequence[Range], stage: int, device: D
         here += sum(size for size in storages if size < smallest)
         host += sum(size for size in storages if size >= smallest)
         deferred += sum(activations.block_deferred(config, layer))
-    here += sum(activations.first(config)) if stage == 0 else _input(config, stage, last, end - begin, device)
+    here += sum(activations.first(config)) if stage == 0 else _input(config, stage, last, end - begin)
     here += sum(activations.last(config, device)) if last else 0
     loss = (activations.loss(config), activations.loss_deferred(config)) if last else (0, 0)
     return Held(here, host, deferred, *loss)
 
 
-def _input(config: RunConfig, stage: int, last: bool, layers: int, device: Device) -> int:
+def _input(config: RunConfig, stage: int, last: bool, layers: int) -> int:
     """Bytes of a stage's input that its first block does not count; it waits on the device, whatever the block keeps."""
     treatment = next(iter(treatments(config.memory, stage, last, layers)), Treatment())
     residual = Sizes.of(config).residual
     offloaded = treatment.offload and residual >= config.memory.offload_min_mb * MEBIBYTE
-    in_fp32 = config.model.norm == "rmsnorm" and device == "cpu" and config.precision.dtype != "fp32"
-    return residual if offloaded or (in_fp32 and not {"norm", WHOLE} & treatment.parts) else 0
+    return residual if offloaded else 0

@@ -1,6 +1,6 @@
 """A run on a small cluster of nodes on this machine, one of which is drained or lost: what is left of it, as JSON.
 
-python fleet.py DATASET FOLDER (drain|kill|none)
+python fleet.py DATASET FOLDER (drain|kill|unplug|none)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 
 from raytron.actors.controller import Seams
 from raytron.actors.run import launch
+from raytron.testing.apart import Apart
 from raytron.testing.faults import Faults
 from raytron.testing.nodes import lose
 
@@ -39,31 +40,41 @@ def main() -> None:
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": {**fast, "worker_niceness": 0}},
     )
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(1 if what == "unplug" else 3)]
     config = configured(dataset, folder / "run", "fleet", **CHANGES, **{"cluster.address": cluster.address})
+    apart = None
+    if what == "unplug":  # the one node here has one rank, the node apart the other
+        ray.init(cluster.address)
+        apart = Apart(cluster.address, 1, folder / "apart.txt")
+        apart.node_id()
     faults = Faults(["slow rank 0 in every forward"], folder / "faults")
     with launch(config, seams=Seams(open_trainer=faults)) as run:
         reach(run, 3)
         ids = {node.node_id: node for node in nodes}
         call = run._controller.__ray_call__.options(concurrency_group="ctl")
         controller = ray.get(call.remote(lambda self: ray.get_runtime_context().get_node_id()))
+        if apart is not None:
+            cluster.add_node(num_cpus=1)
         busy = [facts for facts in run.events() if facts["event"] == "workers"][-1]["nodes"]
-        victim = next(ids[node] for node in busy.values() if node != controller)
+        gone = apart.node_id() if apart is not None else next(node for node in busy.values() if node != controller)
+        told_at = time.time()
         if what == "drain":
-            told_at = time.time()
             deadline_ms = int((told_at + NOTICE_S) * 1000)
-            accepted, why = GcsClient(address=cluster.address).drain_node(
-                victim.node_id, DRAIN_PREEMPTION, "a test", deadline_ms
-            )
+            accepted, why = GcsClient(address=cluster.address).drain_node(gone, DRAIN_PREEMPTION, "a test", deadline_ms)
             assert accepted, why
         elif what == "kill":
-            lose(cluster, victim)
+            lose(cluster, ids[gone])
+        elif apart is not None:
+            assert gone in busy.values(), busy
+            apart.unplug()
         story = told(run, run.wait(timeout_s=180))
+    if apart is not None:
+        apart.close()
     ray.shutdown()
     cluster.shutdown()
     left = [path.name for path in Path("/dev/shm").glob("raytron-fleet-*")]
     answer = {"losses": story.result.losses, "restarts": story.result.restarts, "events": story.events, "left": left}
-    answer |= {"victim": victim.node_id, "controller": controller}
+    answer |= {"victim": gone, "controller": controller, "told_at": told_at}
     (folder / "answer.json").write_text(json.dumps(answer))
 
 

@@ -79,18 +79,20 @@ def test_a_paused_run_stands_still_loses_what_it_loses_and_goes_on_to_the_bit(be
 
 
 def test_a_rate_holds_from_one_step_on_wherever_the_run_goes_back_to(begin, undisturbed, tmp_path):
-    """A loss takes the run back before the change; later it goes on in another launch."""
+    """Its controller dies at once; a loss takes the run back before the change; later it goes on in another launch."""
     keys = {"mesh.dp": 2, "recovery.memory_every": None}
     run = begin(SLOW, **keys, steps=12)
     reach(run, 5)
     run.set_lr(2e-3, final=1e-3)
+    kill_controller(run)
     event = heard(run, "lr")
     step = event["step"]
+    assert step >= heard(run, "asked")["step"] >= 5
     assert event["changes"] == {"peak": [3e-4, 2e-3], "final": [3e-5, 1e-3]}
     reach(run, step + 1)
     os.kill(heard(run, "workers")["pids"]["1"], signal.SIGKILL)
     result = run.wait(timeout_s=120)
-    first, again = [each["step"] for each in run.events() if each["event"] == "workers"]
+    first, _, again = [each["step"] for each in run.events() if each["event"] == "workers"]
     assert first < again < step or again % 4 == 0
     more = begin(steps=14, run_dir=result.run_dir, **keys)
     ended = told(more, more.wait(timeout_s=120))
