@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,5 +64,29 @@ def activate(activation: Callable[[Tensor], Tensor], gated: bool, wide: Tensor) 
     """(..., 2·F_l), or (..., F_l) where it is not gated, -> (..., F_l)."""
     if not gated:
         return activation(wide)
+    if activation is F.silu:
+        out: Tensor = _SwiGlu.apply(wide)  # type: ignore[no-untyped-call]
+        return out
     gate, up = wide.chunk(2, dim=-1)
     return activation(gate) * up
+
+
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) · up, whose gradient is written where it belongs; autograd would join its two halves by a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, wide: Tensor) -> Tensor:
+        gate, up = wide.chunk(2, dim=-1)
+        active = F.silu(gate)
+        ctx.save_for_backward(wide, active)
+        return active * up
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        wide, active = ctx.saved_tensors
+        gate, up = wide.chunk(2, dim=-1)
+        dwide = torch.empty_like(wide)
+        dgate, dup = dwide.chunk(2, dim=-1)
+        torch.mul(dy, active, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return dwide

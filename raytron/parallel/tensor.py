@@ -78,11 +78,14 @@ class _ColumnLinear(torch.autograd.Function):
     """Several weights share one gathered input: (s,B,K) -> one (S,B,N_l) for each weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parallel: TensorParallel, count: int, *weights_and_biases: Any) -> Any:
-        weights, biases = weights_and_biases[:count], weights_and_biases[count:]
+    def forward(
+        ctx: Any, x: Tensor, parallel: TensorParallel, weights: tuple[Param, ...], *biases_and_edges: Any
+    ) -> Any:
+        biases = biases_and_edges[: len(weights)]
         gathered = all_gather(x, parallel.group) if parallel.sequence_parallel else x
         ctx.parallel, ctx.weights = parallel, weights
         ctx.has_bias = [bias is not None for bias in biases]
+        ctx.edges = len(biases_and_edges) - len(biases)
         ctx.save_for_backward(x)
         outputs = []
         for weight, bias in zip(weights, biases, strict=True):
@@ -116,15 +119,16 @@ class _ColumnLinear(torch.autograd.Function):
             _flat(dy).sum(0).view(weight.shape[:-1]) if has else None
             for dy, weight, has in zip(dys, weights, ctx.has_bias, strict=True)
         ]
-        return communicated(), None, None, *([None] * len(weights)), *db
+        return communicated(), None, None, *db, *([None] * ctx.edges)
 
 
 class _RowLinear(torch.autograd.Function):
     """(S,B,K_l) -> (s,B,N), summed over the group."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Param, parallel: TensorParallel) -> Tensor:
-        ctx.parallel, ctx.weight = parallel, weight
+    def forward(ctx: Any, x: Tensor, weights: tuple[Param], parallel: TensorParallel, *edges: Param) -> Tensor:
+        (weight,) = weights
+        ctx.parallel, ctx.weight, ctx.edges = parallel, weight, len(edges)
         ctx.save_for_backward(x)
         out = F.linear(x, weight)
         if parallel.sequence_parallel:
@@ -139,21 +143,21 @@ class _RowLinear(torch.autograd.Function):
         full = all_gather(dy, parallel.group) if parallel.sequence_parallel else dy
         dx = full @ weight
         parallel.deferred.do(lambda: weight.add_product(_flat(full), _flat(x)))
-        return dx, None, None
+        return dx, None, None, *([None] * ctx.edges)
 
 
 def column_linear(x: Tensor, parallel: TensorParallel, *layers: tuple[Param, Param | None]) -> tuple[Tensor, ...]:
     """x (s,B,K) -> for each (weight, bias) an output (S,B,N_l). A weight is (..., K) with N_l = the product of the rest."""
-    weights = [weight for weight, _ in layers]
+    weights = tuple(weight for weight, _ in layers)
     biases = [bias for _, bias in layers]
-    out = _ColumnLinear.apply(x, parallel, len(layers), *weights, *biases)  # type: ignore[no-untyped-call]
+    out = _ColumnLinear.apply(x, parallel, weights, *biases, *_edges(x, weights))  # type: ignore[no-untyped-call]
     assert isinstance(out, tuple)
     return out
 
 
 def row_linear(x: Tensor, weight: Param, bias: Param | None, parallel: TensorParallel) -> Tensor:
     """x (S,B,K_l), weight (N, K_l) -> (s,B,N), summed over tp, the bias added once."""
-    out = _RowLinear.apply(x, weight, parallel)  # type: ignore[no-untyped-call]
+    out = _RowLinear.apply(x, (weight,), parallel, *_edges(x, (weight,)))  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out if bias is None else out + bias
 
@@ -257,6 +261,12 @@ def vocab_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, vocab: 
     out = _VocabCrossEntropy.apply(logits, labels, weights, vocab, group)  # type: ignore[no-untyped-call]
     assert isinstance(out, Tensor)
     return out
+
+
+def _edges(x: Tensor, weights: tuple[Param, ...]) -> tuple[Param, ...]:
+    """The weights, where only they let autograd come by: their gradients don't go through it, and an edge of its graph costs
+    as much as a small operation."""
+    return () if x.requires_grad else weights
 
 
 def matrix(weight: Tensor) -> Tensor:
