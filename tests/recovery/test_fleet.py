@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from raytron.testing.apart import possible
+
 pytestmark = pytest.mark.recovery
 HERE = Path(__file__).parent
 
@@ -36,3 +38,19 @@ def test_a_node_that_leaves(corpus_dataset, undisturbed, tmp_path, what, restart
         assert story["lost"]["cause"] == "the node is gone", "its connections tell before Ray does"
         assert story["node"]["node"] == answer["victim"]
     assert "redo" not in story or story["redo"]["last"] == story["redo"]["first"]
+
+
+@pytest.mark.slow
+def test_a_node_without_power(corpus_dataset, undisturbed, tmp_path):
+    """It breaks no connection, and Ray learns of it late: the survivor neither waits for it nor is held for lost, too."""
+    if not possible():
+        pytest.skip("no network namespaces can be made here")
+    answer = fleet(corpus_dataset, tmp_path, "unplug")
+    before, after = [event for event in answer["events"] if event["event"] == "workers"]
+    lost = next(event for event in answer["events"] if event["event"] == "lost")
+    (survivor,) = {"0", "1"} - set(map(str, lost["ranks"]))
+    assert answer["losses"] == undisturbed(**{"mesh.dp": 2, "steps": 32}).result.losses
+    assert before["nodes"][str(lost["ranks"][0])] == answer["victim"] not in after["nodes"].values()
+    assert before["pids"][survivor] == after["pids"][survivor]
+    assert lost["time"] - answer["told_at"] < 6
+    assert after["source"] == "memory"
