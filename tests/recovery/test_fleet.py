@@ -48,9 +48,12 @@ def test_a_node_without_power(corpus_dataset, undisturbed, tmp_path):
     answer = fleet(corpus_dataset, tmp_path, "unplug")
     before, after = [event for event in answer["events"] if event["event"] == "workers"]
     lost = next(event for event in answer["events"] if event["event"] == "lost")
-    (survivor,) = {"0", "1"} - set(map(str, lost["ranks"]))
     assert answer["losses"] == undisturbed(**{"mesh.dp": 2, "steps": 32}).result.losses
-    assert before["nodes"][str(lost["ranks"][0])] == answer["victim"] not in after["nodes"].values()
+    assert answer["victim"] not in after["nodes"].values()
+    assert after["source"] == "memory"
+    if answer["controller"] == answer["victim"]:
+        pytest.skip("Ray had put the controller on that node: the run went on, but with new workers")
+    (survivor,) = {"0", "1"} - set(map(str, lost["ranks"]))
+    assert before["nodes"][str(lost["ranks"][0])] == answer["victim"]
     assert before["pids"][survivor] == after["pids"][survivor]
     assert lost["time"] - answer["told_at"] < 6
-    assert after["source"] == "memory"
