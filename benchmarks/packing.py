@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from bisect import bisect_left, insort
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def plain_loop(lengths: list[int], capacity: int) -> int:
 def packing(sequence_length: int) -> dict[str, Any]:
     lengths, capacity = lengths_of(DOCUMENTS), sequence_length + 1
     shards = [offsets_of(lengths[at : at + SHARD]) for at in range(0, DOCUMENTS, SHARD)]
-    pieces = np.concatenate([cut(offsets, sequence_length, False)[0].lengths for offsets in shards], 3)
+    pieces = np.concatenate([cut(offsets, sequence_length, False)[0].lengths for offsets in shards])
     windows = [pieces[at : at + WINDOW] for at in range(0, len(pieces), WINDOW)]
     cutting = cpu_seconds(lambda: [cut(offsets, sequence_length, False) for offsets in shards], 3)
     fitting = cpu_seconds(lambda: [best_fit(window, capacity) for window in windows], 3)
@@ -101,7 +102,8 @@ def reading(dataset: Dataset, sequence_length: int) -> dict[str, int]:
         for first in range(0, READ, 8):
             stream.batch(first, 8)
 
-    return {name: round(READ * sequence_length / cpu_seconds(lambda: read(stream))) for name, stream in streams.items()}  # noqa: B023
+    tokens = READ * sequence_length
+    return {name: round(tokens / cpu_seconds(partial(read, stream), 3)) for name, stream in streams.items()}
 
 
 def main() -> None:
