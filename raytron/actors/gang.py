@@ -220,7 +220,7 @@ class Gang:
 
     def address(self, node: str) -> str:
         """The address of a node, by its id."""
-        known = {facts.node_id: facts.ip for facts in self.facts.values()}
+        known = {str(each["NodeID"]): str(each["NodeManagerAddress"]) for each in ray.nodes()}  # the dead, too
         return known.get(node, node[:8])
 
     # ---- ranks

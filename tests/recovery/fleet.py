@@ -5,6 +5,7 @@ python fleet.py DATASET FOLDER (drain|kill|unplug|none)
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 import time
@@ -46,6 +47,7 @@ def main() -> None:
     if what == "unplug":  # the one node here has one rank, the node apart the other
         ray.init(cluster.address)
         apart = Apart(cluster.address, 1, folder / "apart.txt")
+        atexit.register(apart.close)  # however this ends
         apart.node_id()
     faults = Faults(["slow rank 0 in every forward"], folder / "faults")
     with launch(config, seams=Seams(open_trainer=faults)) as run:
@@ -68,8 +70,6 @@ def main() -> None:
             assert gone in busy.values(), busy
             apart.unplug()
         story = told(run, run.wait(timeout_s=180))
-    if apart is not None:
-        apart.close()
     ray.shutdown()
     cluster.shutdown()
     left = [path.name for path in Path("/dev/shm").glob("raytron-fleet-*")]
