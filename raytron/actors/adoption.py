@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,16 @@ def _divided(told: Sequence[tuple[Member, Standing]]) -> Heirs | None:
             spares.append(member)
     missing = [rank for rank in range(newest.plan.mesh.world) if rank not in present]
     return Heirs(newest, ranks, spares, missing)
+
+
+def pause(ranks: Mapping[int, Member], recorded: int) -> list[Record]:
+    """Asks ranks to end their segment after the step under way. What rank 0 reports of checkpoints that have ended."""
+    calls = {rank: member.actor.beat.remote(recorded, int(Request.PAUSE)) for rank, member in ranks.items()}
+    try:
+        reports: list[Record] = ray.get(calls[0], timeout=ANSWER_S).reports if 0 in calls else []
+    except (ray.exceptions.RayError, TimeoutError):
+        return []
+    return reports
 
 
 def names(run: str) -> list[str]:

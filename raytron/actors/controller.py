@@ -27,7 +27,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from raytron.actors import adoption, patience
 from raytron.actors.budget import Budget, Kind
-from raytron.actors.cluster import draining, living, survey
+from raytron.actors.casualties import Casualties
+from raytron.actors.cluster import survey
 from raytron.actors.desk import Desk
 from raytron.actors.exhausted import Exhaustion
 from raytron.actors.gang import ROOM_S, Gang
@@ -38,7 +39,7 @@ from raytron.actors.patience import Patience
 from raytron.actors.probation import Probation
 from raytron.actors.recovery import WorkersLost, first_line
 from raytron.actors.supervisor import Supervisor
-from raytron.actors.worker import Beat, OpenTrainer, Orders, Request, worker_name
+from raytron.actors.worker import Beat, OpenTrainer, Orders, Request
 from raytron.checkpoint.catalog import Generation, committed
 from raytron.checkpoint.sources import MemoryGeneration
 from raytron.config import RunConfig
@@ -104,6 +105,7 @@ class Controller(Desk):
         self._relieved: Plan | None = None  # the plan to go on with after a loss, since memory ran out
         self._measure = config.pipeline.schedule == "auto"  # until this launch has chosen
         self._supervisor: Supervisor | None = None
+        self._casualties: Casualties
         self._recorded = 0  # the newest step of this epoch that was recorded
         self._stood = 0  # the newest epoch that was built
         self._resting = False  # whether it was told that the run is paused, and not yet that it goes on
@@ -225,11 +227,14 @@ class Controller(Desk):
         self._open_gang(plan)
         assert self._gang is not None
         self._gang.adopt(heirs.ranks, heirs.spares, orders.seats)
-        self.memory.adopt(orders.keepers)
-        for member in heirs.ranks.values():
-            member.actor.beat.remote(self._recorded, int(Request.PAUSE))
+        dead = self._casualties.give_up_dead({*orders.nodes, *orders.keepers})
+        self.memory.adopt({node: actor for node, actor in orders.keepers.items() if node not in dead})
+        self._reported(adoption.pause(heirs.ranks, self._recorded))
         self._take_up(adoption.outstanding(events))
-        return self._recover(plan, WorkersLost(heirs.missing, "the controller died and was started again"))
+        whole = len(heirs.ranks) == plan.mesh.world
+        return self._recover(
+            plan, WorkersLost(heirs.missing, "the controller died and was started again"), finish=whole
+        )
 
     def _take_up(self, asked: adoption.Outstanding) -> None:
         """What the controller before was asked for, and had not done."""
@@ -254,7 +259,9 @@ class Controller(Desk):
         self.probation.begin(self._epoch, source)
         self.memory.prepare(self._epoch, plan.mesh.world, {facts.node_id for facts in gang.facts.values()})
         found = time.monotonic()
-        self._supervisor = Supervisor(gang.workers, self.patience, self._heard, self._asks, self._look, self._gone)
+        self._supervisor = Supervisor(
+            gang.workers, self.patience, self._heard, self._asks, self._look, self._casualties.look
+        )
         memory = ray.put(source) if isinstance(source, MemoryGeneration) else None
         built = self._together("build", lambda rank: (self._orders(rank, data, source), memory), patience.BUILDING)
         self._step = self._recorded = built[0].step
@@ -282,11 +289,11 @@ class Controller(Desk):
         assert plan is not None
         where = (ray.util.get_node_ip_address(), self._store.port)
         path = source.path if isinstance(source, Generation) else None
-        node = gang.facts[rank].node_id
-        folder = Path(self.memory.folders[node]) if self.memory.on else None
+        nodes = tuple(gang.facts[other].node_id for other in range(plan.mesh.world))
+        folder = Path(self.memory.folders[nodes[rank]]) if self.memory.on else None
         dataset = Path(data.sources[0].name)
         return Orders(
-            plan, rank, self._epoch, where, dataset, path, gang.device, gang.neighbours(rank), node, folder,
+            plan, rank, self._epoch, where, dataset, path, gang.device, gang.neighbours(rank), nodes, folder,
             self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)), gang.seats, self.lines.to,
         )  # fmt: skip
 
@@ -319,6 +326,7 @@ class Controller(Desk):
     def _open_gang(self, plan: Plan) -> None:
         self._store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
         self._gang = Gang(self.config.name, plan, self._say, self.seams.open_trainer, self.lines.to)
+        self._casualties = Casualties(self._gang, self.memory, self.lines, self._say)
         self._moves = Moves(self.config, self._gang, self._say, self.directory.config)
         self._moves.begin(self.config, plan)
 
@@ -438,8 +446,11 @@ class Controller(Desk):
         self._say("evaluate", text + (f": {', '.join(named)}" if named else ""), **record)
         self.checkpoints.validated(self._step, record["validation_loss"])
 
-    def _recover(self, plan: Plan, lost: WorkersLost) -> Plan:
-        """After a loss: who comes back stays, who does not is killed; then the next plan. Raises where it is hopeless."""
+    def _recover(self, plan: Plan, lost: WorkersLost, *, finish: bool = False) -> Plan:
+        """After a loss: who comes back stays, who does not is killed; then the next plan. Raises where it is hopeless.
+
+        finish: the checkpoint under way ends first; all ranks are there for it.
+        """
         self._restarts += 1
         facts = {"ranks": list(lost.ranks), "why": str(lost), "loss": str(lost.kind), "cause": lost.why}
         self._say("lost", f"lost {lost}" if lost.ranks else str(lost), **facts, step=self._recorded)
@@ -447,14 +458,12 @@ class Controller(Desk):
         self._enter("recovering")
         assert self._gang is not None
         gang = self._gang
-        self._lose(self._lost_nodes())
-        gang.drop([gang.ranks[rank] for rank in lost.ranks if rank in gang.ranks])
         limit_s = LEAVE_S + 2 * float(self.chronicle.last.get("step_time_s", 0.0))
-        left = gang.call_back(
-            self.memory.on, limit_s, meanwhile=lambda: self._lose(self.lines.gone(self._homes()).nodes)
-        )
+        limit_s += self.patience.limit(patience.SAVING) if finish else 0.0
+        left = self._casualties.call_back(self._epoch, lost.ranks, self.memory.on, finish, limit_s)
         for each in left:
             self._hear(each.records)
+            self._reported(each.reports)
         judged = self.budget.judge(lost.kind, self._recorded, lost.why)
         if not judged.goes_on and not (judged.stuck and self._blame_memory(self._recorded, lost.why)):
             planned = f"\n    {explained(plan, lost.ranks[0])}" if judged.stuck and lost.ranks else ""
@@ -468,50 +477,6 @@ class Controller(Desk):
         assert self._moves is not None
         plan, self._relieved = self._relieved or plan, None
         return self._moves.after_loss(plan)
-
-    def _homes(self) -> dict[str, str]:
-        """The node of each process that has a line, by the names that these have there."""
-        gang = self._gang
-        members = [] if gang is None else gang.members.values()
-        homes = {worker_name(each.number): each.facts.node_id for each in members if each.facts is not None}
-        return homes | {line: node for node, line in self.memory.line_of.items()}
-
-    def _lost_nodes(self) -> set[str]:
-        """Nodes of this run that are dead by what lines tell, or Ray."""
-        homes = self._homes()
-        gone = self.lines.gone(homes, settle=True).nodes
-        alive = {str(node["NodeID"]) for node in living()}
-        return set(gone) | (set(homes.values()) - alive)
-
-    def _gone(self) -> WorkersLost | None:
-        """The ranks that lines say are gone; nodes without a rank are lost without a word."""
-        found = self.lines.gone(self._homes())
-        if not found.nodes and not found.names:
-            return None
-        assert self._gang is not None
-        gang = self._gang
-        away = gang.ranks_on(found.nodes)
-        late = [rank for rank, member in gang.ranks.items() if worker_name(member.number) in found.names]
-        if away:
-            preempted = found.nodes <= set(draining())
-            why = "the node is gone" if len(found.nodes) == 1 else "their nodes are gone"
-            return WorkersLost({*away, *late}, why, preempted=preempted)
-        self._lose(found.nodes)
-        return WorkersLost(late, "the connection broke, and Ray says nothing") if late else None
-
-    def _lose(self, nodes: Iterable[str]) -> None:
-        """Gives up all that lives on some nodes, asks nobody there any more, and frees the ranks that wait for them."""
-        gang, nodes = self._gang, set(nodes)
-        assert gang is not None
-        if not nodes:
-            return
-        staying = {node["NodeManagerAddress"] for node in living() if node["NodeID"] not in nodes}
-        gone = {gang.address(node) for node in nodes} - staying
-        for node in nodes:
-            self._say("node", f"node {gang.address(node)} is gone", node=node)
-            gang.lose(node)
-            self.memory.lose(node)
-        gang.free(gone)
 
     def _roll_back(self, back: Rollback) -> None:
         """A step had bad numbers, twice: to an older state, from which it will be skipped. Raises where that is hopeless."""
@@ -708,7 +673,10 @@ class Controller(Desk):
     def _heard(self, rank: int, beat: Beat) -> None:
         self._hear(beat.records)
         self.health.busy(rank, beat.busy)
-        for report in beat.reports:
+        self._reported(beat.reports)
+
+    def _reported(self, reports: Iterable[Record]) -> None:
+        for report in reports:
             self.checkpoints.reported(report)
 
     def _hear(self, records: Iterable[Record]) -> None:

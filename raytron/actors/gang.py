@@ -274,12 +274,17 @@ class Gang:
         for member in self.ranks.values():
             member.actor.free.remote(gone)
 
-    def call_back(self, park: bool, limit_s: float, meanwhile: Callable[[], None]) -> list[Left]:
+    def abandon(self, epoch: int) -> None:
+        """Frees ranks that wait on their devices for others of the mesh of an epoch, which is given up."""
+        for member in self.ranks.values() if self.device == "cuda" else ():
+            member.actor.abandon.remote(epoch)
+
+    def call_back(self, park: bool, finish: bool, limit_s: float, meanwhile: Callable[[], None]) -> list[Left]:
         """All ranks leave their mesh; who does not within `limit_s` is killed. What those who do have left.
 
-        park: their state in memory. meanwhile: called while they are waited for, ten times a second; it may drop some.
+        park, finish: see `Worker.leave`. meanwhile: called while they are waited for, ten times a second; it may drop some.
         """
-        calls = {member.actor.leave.remote(park): member for member in self.ranks.values()}
+        calls = {member.actor.leave.remote(park, finish): member for member in self.ranks.values()}
         waiting, left, end = list(calls), [], time.monotonic() + limit_s
         while waiting and time.monotonic() < end:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)

@@ -344,14 +344,16 @@ def tokenize(config: RunConfig, report: Callable[[float, str], None]) -> Path:
 def _start(config: RunConfig, seams: Seams | None) -> Any:
     """The controller actor of a run, at work. Raises ClusterError where the name is taken.
 
-    It lives on this node, which sees the run directory and is the head in most clusters, as long as that has room: Ray puts
-    what needs no CPU anywhere, and on a training node the loss of that node would be the controller's, too.
+    It lives on this node, which sees the run directory and is the head in most clusters, as long as that has room: on a
+    training node the loss of that node would be the controller's, too. It asks for one byte: Ray first offers what asks for
+    nothing to any node, and one that has just joined may not know this one yet and keep it.
     """
     here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
     options: dict[str, Any] = {
         "name": controller_name(config.name),
         "namespace": NAMESPACE,
         "scheduling_strategy": here,
+        "memory": 1,
     }
     if config.cluster.detached:
         options["lifetime"] = "detached"

@@ -47,7 +47,7 @@ from raytron.config import LearningRateConfig
 from raytron.errors import CheckpointError, GuardError, OutOfMemoryError, WorkerError
 from raytron.observe.busy import Busy, BusyClock
 from raytron.observe.records import Record
-from raytron.parallel.mesh import Mesh, close_world, open_world
+from raytron.parallel.mesh import Mesh, abort_world, close_world, open_world
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import Plan
 from raytron.training.guard import Rollback
@@ -125,13 +125,18 @@ class Orders:
     generation: Path | None  # where to go on from, if not from memory; None: from the beginning
     device: str
     neighbours: int  # workers on the same node, this one included
-    node: str  # the id of the node of this rank
+    nodes: tuple[str, ...]  # the ids of the nodes of all ranks
     folder: Path | None  # where its segments go; None: it writes none
     keepers: Mapping[str, Any]  # the way to segments on other nodes, by their ids
     retrace: bool  # whether comparisons of replicas tell of each rank's own gradients, too
     skip: tuple[int, ...]  # steps that use up their samples and change nothing: those that the run was rolled back for
     seats: tuple[Seat, ...]  # of the whole gang
     line: LineTo | None  # to the controller
+
+    @property
+    def node(self) -> str:
+        """The id of the node of this rank."""
+        return self.nodes[self.rank]
 
 
 class Beat(NamedTuple):
@@ -154,11 +159,12 @@ class Built(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What a rank leaves behind. records: of steps that the controller may not know."""
+    """What a rank leaves behind. records: of steps that the controller may not know; reports: of rank 0, of checkpoints."""
 
     parked: bool
     why_not: str
     records: list[Record]
+    reports: list[Record]
 
 
 class Standing(NamedTuple):
@@ -304,12 +310,17 @@ class Worker:
         if self._orders is not None:
             self._orders = replace(self._orders, plan=self._orders.plan.retuned(lr))
 
-    def leave(self, park: bool = False) -> Left:
+    def leave(self, park: bool = False, finish: bool = False) -> Left:
         """Leaves the mesh and drops the trainer; the process stays, ready to be built again.
 
-        park: first write the state into memory, for whoever goes on from it.
+        park: first write the state into memory, for whoever goes on from it. finish: before that, together with all ranks,
+        end the checkpoint that is under way; where one of them is lost meanwhile, it is given up.
         """
+        if finish and self._trainer is not None:
+            with contextlib.suppress(Exception):
+                self._trainer.settle_saves()
         parked, why_not, records = False, "", list(self._records)
+        reports = self._trainer.reports() if self._trainer is not None and self.rank == 0 else []
         if park and self._trainer is not None:
             try:
                 self._trainer.park()
@@ -317,7 +328,7 @@ class Worker:
             except CheckpointError as error:
                 why_not = str(error)
         self._drop()
-        return Left(parked, why_not, records)
+        return Left(parked, why_not, records, reports)
 
     # ---- control, at any time
 
@@ -359,8 +370,15 @@ class Worker:
 
     @control
     def free(self, gone: Collection[str]) -> None:
-        """Frees this rank where it waits for nodes that are gone, by their addresses. Of gloo; not of NCCL yet."""
+        """Frees this rank where it waits for nodes that are gone, by their addresses. Of gloo; of NCCL see `abandon`."""
         cut(gone)
+
+    @control
+    def abandon(self, epoch: int) -> None:
+        """The mesh of an epoch is given up: frees this rank where it waits in NCCL."""
+        with self._leaving:
+            if self._orders is not None and self._orders.epoch == epoch:
+                abort_world(self._mesh)
 
     @control
     def end(self, pid: int) -> None:

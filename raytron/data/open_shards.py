@@ -89,11 +89,3 @@ class OpenShards:
                 path = self.dataset.path_of(self.entries[number])
                 what = f"token id {largest} is beyond the vocabulary of {self.dataset.vocab}"
                 raise DataError(Problem(path, what, REBUILD))
-
-
-def numbered(shard: Shard, start: int, stop: int) -> NDArray[np.int32]:
-    """(stop - start,): the document of each of those tokens of a shard, counted from the first one's."""
-    begins = np.zeros(stop - start, np.int32)
-    first, last = np.searchsorted(shard.offsets, (start, stop - 1), side="right")
-    begins[shard.offsets[first:last] - start] = 1
-    return np.cumsum(begins, dtype=np.int32)

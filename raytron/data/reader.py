@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from raytron.config import RunConfig
 from raytron.data.manifest import Split
-from raytron.data.open_shards import OpenShards, Piece, numbered
+from raytron.data.open_shards import OpenShards, Piece
 from raytron.data.pack import PackPlan, PackRule, find_plan, no_sample, open_plan
 from raytron.data.rows import Rows
 from raytron.data.shard_file import offsets_of
@@ -74,13 +74,14 @@ class ChopReader:
     def read(self, samples: NDArray[np.int64]) -> Rows:
         """See `Reader.read`."""
         pieces, shape = self.pieces(samples), (len(samples), self._length + 1)
-        documents = np.empty(shape, np.int32) if self._documents else None
-        rows = Rows(np.empty(shape, np.int64), np.ones(shape, np.bool_), documents)
+        rows = Rows(np.empty(shape, np.int64), np.ones(shape, np.bool_))
         self.shards.fill(rows, pieces)
-        if documents is not None:
-            for piece in pieces:
-                documents[piece.row] = numbered(self.shards[piece.shard], piece.start, piece.stop)
-        return rows
+        if not self._documents:
+            return rows
+        begins = np.zeros(shape, np.int32)
+        for row, _, number, start, stop in pieces:
+            begins[row, self.shards[number].begins(start, stop)] = 1
+        return rows._replace(documents=np.cumsum(begins, axis=1, dtype=np.int32))
 
 
 class PackReader:

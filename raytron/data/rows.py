@@ -33,11 +33,9 @@ Transform = Callable[[Rows, NDArray[np.int64]], Rows]  # of rows, and their samp
 
 def batch_of(ids: NDArray[np.int64], rows: Rows, apart: bool) -> Batch:
     """The batch of samples `ids` (n,). apart: documents are kept apart, which needs rows that know them."""
-    tokens, labels = rows.tokens[:, :-1], rows.tokens[:, 1:]
-    weights = rows.counts[:, 1:].astype(np.float32)
+    tokens, labels = rows.tokens[:, :-1], rows.tokens[:, 1:]  # two views of the same row
     if not apart:
-        return Batch(ids, np.ascontiguousarray(tokens), np.ascontiguousarray(labels), weights)
+        return Batch(ids, tokens, labels, rows.counts[:, 1:].astype(np.float32))
     assert rows.documents is not None, "rows without documents can't be kept apart by them"
-    weights[rows.documents[:, :-1] != rows.documents[:, 1:]] = 0
-    documents = np.ascontiguousarray(rows.documents[:, :-1])
-    return Batch(ids, np.ascontiguousarray(tokens), np.ascontiguousarray(labels), weights, documents)
+    counts = rows.counts[:, 1:] & (rows.documents[:, 1:] == rows.documents[:, :-1])
+    return Batch(ids, tokens, labels, counts.astype(np.float32), rows.documents[:, :-1])

@@ -64,6 +64,11 @@ class Shard:
     def documents(self) -> int:
         return len(self.doc_ids)
 
+    def begins(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where documents begin among the tokens (start, stop), counted from `start`; not the one that `start` is in."""
+        first, last = self.offsets.searchsorted(start, "right"), self.offsets.searchsorted(stop, "left")
+        return self.offsets[first:last] - start
+
     @cached_property
     def spans(self) -> Spans | None:
         """The loss spans of its documents; None: every token counts. Raises DataError where they are of another type."""

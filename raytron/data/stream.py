@@ -17,7 +17,7 @@ from raytron.config import RunConfig
 from raytron.data.batch import Batch, part_of
 from raytron.data.fim import FillInTheMiddle, fim_problems
 from raytron.data.manifest import Split
-from raytron.data.order import FixedOrder, Order, ShuffledOrder
+from raytron.data.order import FixedOrder, InRuns, Order, ShuffledOrder
 from raytron.data.reader import ChopReader, Reader, open_reader
 from raytron.data.rows import Rows, Transform, batch_of
 from raytron.data.shards import Dataset
@@ -43,6 +43,7 @@ class SampleStream:
         transform: Transform | None = None,
     ):
         self.order, self.readers, self._sequence_length = order, tuple(readers), sequence_length
+        self._runs = InRuns(order)
         self.documents, self.transform = documents, transform
 
     @property
@@ -61,7 +62,7 @@ class SampleStream:
         """Sample ids (n,) and samples of the same part, before they are cut into tokens and labels: for objectives that cut
         them otherwise."""
         ids = np.arange(*part_of(first, count, part, parts), dtype=np.int64)
-        place = self.order.locate(ids)
+        place = self._runs.locate(ids)
         sources = np.unique(place.source).tolist() or [0]
         if len(sources) == 1:
             rows = self.readers[sources[0]].read(place.sample)

@@ -11,6 +11,7 @@ to make equally many in the same order: a rank that has no part in a group stand
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -47,7 +48,8 @@ class Reduction(NamedTuple):
 
 def open_world(store: Any, rank: int, world: int, backend: str = "gloo", timeout_s: float = 120.0) -> None:
     """Joins the world of one mesh. `store` must be fresh: one PrefixStore for each epoch. A collective that takes longer
-    than `timeout_s` fails."""
+    than `timeout_s` fails on a CPU; on CUDA it lasts until `abort_world`."""
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # else a lost peer ends this process, too
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
@@ -56,6 +58,18 @@ def close_world() -> None:
     """Leaves the world and drops all its groups; harmless where none is open."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abort_world(mesh: Mesh | None = None) -> None:
+    """Gives up the open world, and the mesh over it, while another thread may wait in its collectives.
+
+    Of NCCL they end at once, as if all were well, with whatever is in their buffers by then: so `mesh` is marked first, and
+    its `check` raises from here on. Of gloo they do not end: it hears of a lost peer by itself.
+    """
+    if mesh is not None:
+        mesh.abandoned = True
+    if dist.is_initialized() and "nccl" in dist.get_backend_config():
+        dist.distributed_c10d._abort_process_group()
 
 
 class Mesh:
@@ -73,6 +87,7 @@ class Mesh:
         self.device = torch.device("cpu") if device is None else device
         self.coords: Coords = shape.coords(rank)
         self.waiting = Waiting()  # for other ranks, on the host
+        self.abandoned = False  # by `abort_world`
         self._groups: dict[tuple[int, ...], Group] = {}
         self.world = self.group(tuple(range(world)))
         self.tp = self.axis("tp")
@@ -81,6 +96,12 @@ class Mesh:
         self.place: Place = {axis: (shape.size(axis), shape.index(rank, axis)) for axis in axes}
         self.dense = self._reduction("dp", "shard", "cp")
         self.control = self._control_group()
+
+    def check(self) -> None:
+        """Call it before what collectives have brought is committed. Raises ConnectionAbortedError where the mesh was given
+        up: then it may be anything."""
+        if self.abandoned:
+            raise ConnectionAbortedError("the mesh was given up while its ranks waited for each other")
 
     def axis(self, *axes: Axis) -> Group:
         """The group of ranks that differ from this one on `axes` only."""

@@ -188,6 +188,7 @@ class Engine:
         sums = self._over_world(values)
         if self.canonical:
             sums |= exact_squared_norms(self._counted(layer_norms), self.mesh)
+        self.mesh.check()
         result = self.result(sums, sequences)
         mine = (0, True) if own is None else (own.fingerprint(loss), own.all_finite())
         return Attempt(result.loss, result.grad_norm, sums, *mine)

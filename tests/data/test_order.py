@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytron.data.batch import part_of
-from raytron.data.order import FixedOrder, ShuffledOrder, derive_key, mix64, mix64_array, permute, sample_index
+from raytron.data.order import (
+    FixedOrder,
+    InRuns,
+    ShuffledOrder,
+    derive_key,
+    mix64,
+    mix64_array,
+    permute,
+    sample_index,
+)
 
 keys = st.integers(0, 2**64 - 1)
 
@@ -112,3 +121,30 @@ def test_a_part_that_does_not_exist_is_refused(first: int, count: int, part: int
 def test_samples_that_are_no_whole_units_are_refused() -> None:
     with pytest.raises(ValueError, match="in units of 3"):
         part_of(0, 7, 0, 2, 3)
+
+
+class Counted:
+    """An order that counts how often it is asked."""
+
+    def __init__(self, order):
+        self.order, self.asked = order, 0
+
+    def locate(self, ids):
+        self.asked += 1
+        return self.order.locate(ids)
+
+
+@pytest.mark.parametrize("first", [0, 5, 63, 64, 60, 1000, 2**40])
+@pytest.mark.parametrize("count", [0, 1, 8, 63, 64, 65, 200])
+def test_places_of_a_run_of_ids_are_those_of_each(first, count):
+    order, ids = ShuffledOrder(1000, seed=7), np.arange(first, first + count)
+    for place, expected in zip(InRuns(order, 64).locate(ids), order.locate(ids), strict=True):
+        assert np.array_equal(place, expected)
+
+
+def test_neighbours_are_located_together():
+    counted = Counted(ShuffledOrder(10_000, seed=7))
+    runs = InRuns(counted, 1024)
+    for first in range(0, 4096, 8):
+        runs.locate(np.arange(first, first + 8))
+    assert counted.asked == 4

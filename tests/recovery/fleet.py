@@ -1,12 +1,14 @@
 """A run on a small cluster of nodes on this machine, one of which is drained or lost: what is left of it, as JSON.
 
-python fleet.py DATASET FOLDER (drain|kill|unplug|none)
+python fleet.py DATASET FOLDER (drain|kill|unplug|behead|none)   behead: unplug, and the controller dies at the same time
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ from raytron.testing.nodes import lose
 
 DRAIN_PREEMPTION = 2  # what Ray calls the reason
 NOTICE_S = 30
+APART = ("unplug", "behead")  # of a node with a network of its own
 CHANGES = {"mesh.dp": 2, "cluster.cpus_per_worker": 1, "steps": 32, "recovery.spares": 0}
 
 
@@ -41,10 +44,10 @@ def main() -> None:
         initialize_head=True,
         head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": {**fast, "worker_niceness": 0}},
     )
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(1 if what == "unplug" else 3)]
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(1 if what in APART else 3)]
     config = configured(dataset, folder / "run", "fleet", **CHANGES, **{"cluster.address": cluster.address})
     apart = None
-    if what == "unplug":  # the one node here has one rank, the node apart the other
+    if what in APART:  # the one node here has one rank, the node apart the other
         ray.init(cluster.address)
         apart = Apart(cluster.address, 1, folder / "apart.txt")
         atexit.register(apart.close)  # however this ends
@@ -69,6 +72,8 @@ def main() -> None:
         elif apart is not None:
             assert gone in busy.values(), busy
             apart.unplug()
+            if what == "behead":
+                os.kill(ray.get(call.remote(lambda self: os.getpid())), signal.SIGKILL)
         story = told(run, run.wait(timeout_s=180))
     ray.shutdown()
     cluster.shutdown()

@@ -64,6 +64,21 @@ def test_a_worker_that_dies_with_the_controller_is_replaced(begin, undisturbed):
     assert before["pids"]["0"] == after["pids"]["0"]
 
 
+@pytest.mark.slow
+def test_the_checkpoint_under_way_is_ended_before_the_mesh_is_left(begin, undisturbed):
+    """Its bytes are slow to be written; meanwhile the controller dies, and another one comes."""
+    changes = {"mesh.dp": 2, "steps": 24, "checkpoint.every": 8}
+    run = begin(SLOW, *["slow rank 0 in every write of step 8"] * 18, **changes)
+    reach(run, 9)
+    kill_controller(run)
+    story = told(run, run.wait(timeout_s=120))
+    assert_same_end(story, undisturbed(**changes))
+    (lost,), (_, adopted) = story.all("lost"), story.all("workers")
+    saved = {event["step"]: event for event in story.all("checkpoint")}
+    assert lost["time"] < saved[8]["time"] < adopted["time"]
+    assert set(saved) == {8, 16, 24}
+
+
 def test_workers_end_themselves_when_the_controller_is_gone_for_good(begin):
     run = begin(SLOW, **{"mesh.dp": 2, "steps": 100, "recovery.lease_s": 5.0})
     reach(run, 2)

@@ -7,7 +7,7 @@ import torch
 from raytron.config import from_mapping
 from raytron.data.batch import Batch
 from raytron.errors import DataError
-from raytron.parallel.mesh import Mesh
+from raytron.parallel.mesh import Mesh, abort_world
 from raytron.plan.mesh import MeshShape
 from raytron.plan.plan import make_plan
 from raytron.training.engine import Engine
@@ -48,6 +48,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(engine):
     assert result.skipped
     assert all(torch.equal(a, b) for a, b in zip(before[1:], weights(engine)[1:], strict=True))
     assert engine.optimizer.updates == 0
+
+
+def test_nothing_is_committed_of_a_step_whose_mesh_was_given_up_meanwhile(engine):
+    """What an aborted collective of NCCL leaves in its buffers looks like a result."""
+    before = weights(engine)
+    engine.before_commit = lambda: abort_world(engine.mesh)
+    with pytest.raises(ConnectionAbortedError, match="given up"):
+        engine.step(batch(), 1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
+    assert (engine.optimizer.updates, engine.whole) == (0, True)
 
 
 def test_documents_that_a_stream_does_not_tell_apart_are_refused():
