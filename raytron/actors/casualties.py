@@ -20,10 +20,11 @@ Say = Callable[..., None]  # (kind of event, message, **facts)
 
 
 class Casualties:
-    """Of one gang and its keepers."""
+    """Of one gang and its keepers. nodes: those of the newest mesh."""
 
     def __init__(self, gang: Gang, memory: Memory, lines: Lines, say: Say):
         self.gang, self.memory, self.lines, self.say = gang, memory, lines, say
+        self.nodes: set[str] = set()
 
     def look(self) -> WorkersLost | None:
         """The ranks that lines say are gone; nodes without a rank are given up without a word."""
@@ -44,22 +45,17 @@ class Casualties:
 
         park, finish: see `Worker.leave`.
         """
-        self._give_up(self._dead())
+        self._give_up(self._dead(settle=True))
         self.gang.drop([self.gang.ranks[rank] for rank in ranks if rank in self.gang.ranks])
         if not finish:
             self.gang.abandon(epoch)
-        return self.gang.call_back(park, finish, limit_s, lambda: self._give_up(self.lines.gone(self._homes()).nodes))
+        return self.gang.call_back(park, finish, limit_s, lambda: self._give_up(self._dead()))
 
-    def give_up_dead(self, nodes: Collection[str]) -> set[str]:
-        """Of some nodes, those that Ray knows to be dead; they are given up."""
-        dead = set(nodes) - _alive()
-        self._give_up(dead)
-        return dead
-
-    def _dead(self) -> set[str]:
-        """Nodes of this run that are dead by what lines tell, or Ray."""
+    def _dead(self, *, settle: bool = False) -> set[str]:
+        """Nodes of this run that are dead by what lines tell, or Ray. settle: see `Lines.gone`."""
         homes = self._homes()
-        return set(self.lines.gone(homes, settle=True).nodes) | (set(homes.values()) - _alive())
+        alive = {str(node["NodeID"]) for node in living()}
+        return set(self.lines.gone(homes, settle=settle).nodes) | ({*homes.values(), *self.nodes} - alive)
 
     def _homes(self) -> dict[str, str]:
         """The node of each process that has a line, by the names that these have there."""
@@ -77,8 +73,5 @@ class Casualties:
             self.say("node", f"node {self.gang.address(node)} is gone", node=node)
             self.gang.lose(node)
             self.memory.lose(node)
+        self.nodes -= set(nodes)
         self.gang.free(gone)
-
-
-def _alive() -> set[str]:
-    return {str(node["NodeID"]) for node in living()}

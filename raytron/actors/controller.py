@@ -227,8 +227,8 @@ class Controller(Desk):
         self._open_gang(plan)
         assert self._gang is not None
         self._gang.adopt(heirs.ranks, heirs.spares, orders.seats)
-        dead = self._casualties.give_up_dead({*orders.nodes, *orders.keepers})
-        self.memory.adopt({node: actor for node, actor in orders.keepers.items() if node not in dead})
+        self._casualties.nodes = {*orders.nodes, *orders.keepers}
+        self.memory.adopt(orders.keepers)
         self._reported(adoption.pause(heirs.ranks, self._recorded))
         self._take_up(adoption.outstanding(events))
         whole = len(heirs.ranks) == plan.mesh.world
@@ -259,6 +259,7 @@ class Controller(Desk):
         self.probation.begin(self._epoch, source)
         self.memory.prepare(self._epoch, plan.mesh.world, {facts.node_id for facts in gang.facts.values()})
         found = time.monotonic()
+        self._casualties.nodes = {facts.node_id for facts in gang.facts.values()}
         self._supervisor = Supervisor(
             gang.workers, self.patience, self._heard, self._asks, self._look, self._casualties.look
         )
