@@ -2,8 +2,8 @@
 
 The same 16 million tokens (documents log-normal: median 403, mean 829) in each reader's own format, samples of 2,048
 tokens in batches of 8, in shuffled order where the reader has one, from a warm cache. Tokens per second of CPU time of
-this process and its children, the best of interleaved rounds; every reader makes int64 arrays. A peer that is not
-installed is left out.
+this process and all that it has started, the best of interleaved rounds; every reader makes int64 arrays. A peer that is
+not installed is left out; `ratios` are those to each of them.
 
 `cold` reads samples of 4,096 tokens after the files were dropped from the page cache, and counts what the disk was asked
 for; `remote` counts the bytes that byte ranges of a data set in a store cost; `wait` is how long a step of 20 ms of other
@@ -16,9 +16,12 @@ import argparse
 import hashlib
 import os
 import resource
+import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +37,13 @@ from raytron.data.prefetch import PrefetchStream
 from raytron.data.shard_file import digest_of, offsets_of, read_shard, write_shard
 from raytron.data.shards import Dataset, open_dataset
 from raytron.data.stream import ShardStream, open_stream
+from raytron.testing.nodes import descendants
 
 LENGTH, BATCH, SAMPLES, DOCUMENTS = 2048, 8, 4096, 20_000
 COLD_LENGTH, COLD_SAMPLES = 4096, 300
+PLAIN, APART, PLACES = "raytron, chop", "raytron, documents apart", "raytron, documents apart, with positions"
+MEGATRON, MEGATRON_APART = "megatron-core, GPTDataset", "megatron-core, positions anew per document"
+RAY = "ray.data, streaming_split"
 Reader = Callable[[], int]  # reads SAMPLES samples, or all there are; how many tokens
 
 
@@ -62,10 +69,12 @@ def all_tokens(dataset: Dataset) -> np.ndarray:
     return np.concatenate([dataset.read(entry).tokens for entry in dataset.entries("train")])
 
 
-def batches_of(stream: ShardStream) -> Reader:
+def batches_of(stream: ShardStream, positions: bool) -> Reader:
     def read() -> int:
         for first in range(0, SAMPLES, BATCH):
-            stream.batch(first, BATCH)
+            batch = stream.batch(first, BATCH)
+            if positions and batch.documents is not None:
+                batch.documents.positions()
         return SAMPLES * LENGTH
 
     return read
@@ -73,12 +82,13 @@ def batches_of(stream: ShardStream) -> Reader:
 
 def own(dataset: Dataset) -> Iterator[tuple[str, Reader]]:
     for name, changes in (
-        ("raytron, chop", {}),
-        ("raytron, chop, documents apart", {"data.document_mask": True}),
+        (PLAIN, {}),
+        (APART, {"data.document_mask": True}),
+        (PLACES, {"data.document_mask": True}),
         ("raytron, best_fit", {"data.packing": "best_fit"}),
     ):
         config = RunConfig().replace(**{"sequence_length": LENGTH, "data.dataset": str(dataset.path), **changes})
-        yield name, batches_of(open_stream(config, dataset, "train"))
+        yield name, batches_of(open_stream(config, dataset, "train"), name == PLACES)
 
 
 def memory_map(dataset: Dataset) -> Iterator[tuple[str, Reader]]:
@@ -103,7 +113,7 @@ def megatron(dataset: Dataset, folder: Path) -> Iterator[tuple[str, Reader]]:
         eod, pad, bos, vocab_size, unique_identifiers = 0, 0, 0, 32_000, {"class": "words"}
 
     export_megatron(dataset.path, folder / "megatron")
-    for name, apart in (("megatron-core, GPTDataset", False), ("megatron-core, positions anew per document", True)):
+    for name, apart in ((MEGATRON, False), (MEGATRON_APART, True)):
         config = GPTDatasetConfig(
             random_seed=1, sequence_length=LENGTH, split="1,0,0", path_to_cache=str(folder / f"cache-{apart}"),
             reset_position_ids=apart, reset_attention_mask=False, eod_mask_loss=apart, create_attention_mask=False,
@@ -121,11 +131,16 @@ def megatron(dataset: Dataset, folder: Path) -> Iterator[tuple[str, Reader]]:
         yield name, read
 
 
+def rows_of(dataset: Dataset) -> np.ndarray:
+    """All samples, one after another, as most other formats store them."""
+    tokens = all_tokens(dataset)
+    return tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1)
+
+
 def hugging_face(dataset: Dataset, folder: Path) -> Iterator[tuple[str, Reader]]:
     import datasets
 
-    tokens = all_tokens(dataset)
-    rows = tokens[: len(tokens) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1).astype(np.int32)
+    rows = rows_of(dataset).astype(np.int32)
     datasets.Dataset.from_dict({"tokens": list(rows)}).save_to_disk(folder / "hugging_face")
     stored = datasets.load_from_disk(str(folder / "hugging_face")).with_format("numpy")
     order = np.random.default_rng(0).integers(0, len(stored), SAMPLES)
@@ -138,10 +153,103 @@ def hugging_face(dataset: Dataset, folder: Path) -> Iterator[tuple[str, Reader]]
     yield "datasets, numpy format", read
 
 
+def mosaic(dataset: Dataset, folder: Path) -> Iterator[tuple[str, Reader]]:
+    stub_torchvision()
+    from streaming import MDSWriter, StreamingDataset
+
+    with MDSWriter(out=str(folder / "mosaic"), columns={"tokens": f"ndarray:uint16:{LENGTH + 1}"}) as out:
+        for row in rows_of(dataset):
+            out.write({"tokens": row})
+    stored = StreamingDataset(local=str(folder / "mosaic"), shuffle=True, batch_size=BATCH)
+
+    def read() -> int:
+        rows: list[np.ndarray] = []
+        for row in stored:
+            rows.append(row["tokens"])
+            if len(rows) == BATCH:
+                np.stack(rows).astype(np.int64)
+                rows.clear()
+        return len(stored) * LENGTH
+
+    yield "mosaicml-streaming, shuffled", read
+
+
+def stub_torchvision() -> None:
+    """mosaicml-streaming imports it for what is not used here."""
+    if "torchvision" in sys.modules:
+        return
+    for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules["torchvision.datasets"].VisionDataset = object  # type: ignore[attr-defined]
+    sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
+
+
+def litdata_tokens(document: np.ndarray) -> Iterator[Any]:
+    import torch
+
+    yield torch.from_numpy(document.astype(np.int32))
+
+
+def litdata(dataset: Dataset, folder: Path) -> Iterator[tuple[str, Reader]]:
+    from litdata import StreamingDataset, TokensLoader, optimize
+
+    inputs = [read_shard(dataset.path / entry.path).tokens for entry in dataset.entries("train")]
+    optimize(
+        litdata_tokens, inputs, str(folder / "litdata"), chunk_size=(LENGTH + 1) * 1024, num_workers=1,
+        item_loader=TokensLoader(block_size=LENGTH + 1),
+    )  # fmt: skip
+    stored = StreamingDataset(str(folder / "litdata"), item_loader=TokensLoader(block_size=LENGTH + 1), shuffle=True)
+
+    def read() -> int:
+        import torch
+
+        rows: list[Any] = []
+        for row in stored:
+            rows.append(row)
+            if len(rows) == BATCH:
+                torch.stack(rows).long()
+                rows.clear()
+        return len(stored) * LENGTH
+
+    yield "litdata, TokensLoader, shuffled", read
+
+
+def ray_data(dataset: Dataset, folder: Path) -> Iterator[tuple[str, Reader]]:
+    """As a trainer of one worker is fed. What Ray itself costs while it runs counts: it is there for this."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import ray
+
+    flat = rows_of(dataset)
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), LENGTH + 1)
+    (folder / "ray").mkdir()
+    for number, first in enumerate(range(0, len(rows), 1024)):
+        pq.write_table(pa.table({"tokens": rows[first : first + 1024]}), folder / "ray" / f"{number:03d}.parquet")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def read() -> int:
+        stored = ray.data.read_parquet(str(folder / "ray"), shuffle="files")
+        (feed,) = stored.streaming_split(1, equal=True)
+        count = 0
+        for batch in feed.iter_batches(batch_size=BATCH, batch_format="numpy"):
+            np.stack(batch["tokens"]).astype(np.int64)
+            count += len(batch["tokens"])
+        return count * LENGTH
+
+    yield RAY, read
+
+
 def cases(dataset: Dataset, folder: Path) -> tuple[dict[str, Reader], list[str]]:
     """Every reader that is installed, and those that are not."""
     found, absent = dict([*own(dataset), *memory_map(dataset)]), []
-    for name, make_cases in (("megatron-core", megatron), ("datasets", hugging_face)):
+    for name, make_cases in (
+        ("megatron-core", megatron),
+        ("datasets", hugging_face),
+        ("mosaicml-streaming", mosaic),
+        ("litdata", litdata),
+        ("ray", ray_data),
+    ):
         try:
             found |= dict(make_cases(dataset, folder))
         except ImportError as error:
@@ -150,8 +258,24 @@ def cases(dataset: Dataset, folder: Path) -> tuple[dict[str, Reader], list[str]]
 
 
 def cpu_of_all() -> float:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
+    """Seconds of this process, of all that it has started, and of those of them that are over."""
+    ended, ticks = resource.getrusage(resource.RUSAGE_CHILDREN), 0
+    for pid in descendants([os.getpid()])[1:]:
+        with suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+    return time.process_time() + ended.ru_utime + ended.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def ratios(found: dict[str, float]) -> dict[str, float]:
+    """How often as many tokens Raytron reads as each peer; of documents apart, as Megatron that way."""
+    peers = [name for name in found if not name.startswith("raytron")]
+    return {
+        f"{mine} / {peer}": round(found[mine] / found[peer], 2)
+        for mine in (PLAIN, APART, PLACES)
+        for peer in peers
+        if (peer == MEGATRON_APART) == (mine != PLAIN) and found[peer]
+    }
 
 
 def cold(dataset: Dataset) -> dict[str, float]:
@@ -232,6 +356,7 @@ def main() -> None:
         result = {
             "context": context(numpy=np.__version__, rounds=rounds, sequence_length=LENGTH, batch=BATCH),
             "tokens_per_cpu_s": {name: round(value) for name, value in best.items()},
+            "ratios": ratios(best),
             "not_installed": absent,
             "cold": first_cold,
             "remote": remote(dataset),

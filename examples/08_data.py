@@ -6,6 +6,8 @@ Run: python examples/08_data.py
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 import raytron
 from raytron.actors.run import tokenize
 from raytron.data.batch import Batch
@@ -42,7 +44,7 @@ def draw(batch: Batch) -> str:
         f"{number:6d} │" + "".join(letters[document % 26] if weight else "·" for document, weight in row) + "│"
         for number, row in (
             (number, zip(documents, weights, strict=True))
-            for number, documents, weights in zip(batch.ids, batch.documents, batch.weights, strict=True)
+            for number, documents, weights in zip(batch.ids, np.asarray(batch.documents), batch.weights, strict=True)
         )
     )
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from raytron.data.bounds import Bounds
 from raytron.deal import Deal
 
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
     tokens: NDArray[np.int64]  # (n, S)
     labels: NDArray[np.int64]  # (n, S) the token that follows each of `tokens`
     weights: NDArray[np.float32]  # (n, S) 1 where the label counts in the loss, 0 where it does not
-    documents: NDArray[np.int32] | None = None  # (n, S) each token's document, ascending; None: they are not kept apart
+    documents: Bounds | None = None  # of n rows of S tokens; None: they are not kept apart
 
 
 class TokenStream(Protocol):
@@ -59,17 +60,3 @@ def part_of(first: int, count: int, part: int, parts: int, unit: int = 1) -> tup
         raise ValueError(f"no part {part} of {parts} in {count} samples from id {first} on, in units of {unit}")
     units = Deal(count // unit, parts).of(part)
     return first + unit * units.start, first + unit * units.stop
-
-
-def document_starts(documents: NDArray[np.int32]) -> list[list[int]]:
-    """Of each row of document numbers (n, S): the columns at which its documents begin, ascending from 0."""
-    return [[0, *(np.flatnonzero(np.diff(row)) + 1).tolist()] for row in documents]
-
-
-def document_positions(documents: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(n, S): how many tokens of its document, as far as the sample holds it, stand before each token."""
-    at = np.broadcast_to(np.arange(documents.shape[1], dtype=np.int64), documents.shape)
-    begins = np.zeros(documents.shape, np.int64)
-    begins[:, 1:] = np.where(np.diff(documents) != 0, at[:, 1:], 0)
-    positions: NDArray[np.int64] = at - np.maximum.accumulate(begins, axis=1)
-    return positions

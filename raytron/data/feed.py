@@ -16,6 +16,7 @@ the node of a rank has. Each rank has a window of its own, also where several ne
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ import ray
 from numpy.typing import NDArray
 
 from raytron.data.batch import Batch, TokenStream, part_of
+from raytron.data.bounds import Bounds
 from raytron.data.run_data import RunData, open_run_data
 from raytron.errors import DataError, Problem
 
@@ -45,6 +47,8 @@ class RayDataStream:
         self._source = ray.put(data)
         self._key = hashlib.sha256(ray.cloudpickle.dumps(data)).hexdigest()
         self._blocks: Iterator[Mapping[str, NDArray[Any]]] = iter(())
+        self._open: list[Any] = []  # the execution that blocks come from
+        weakref.finalize(self, _end, self._open)
         self._rows: dict[int, Row] = {}
         self._expected: set[int] = set()  # ids of the window that have not come yet
         self._ahead: list[tuple[int, int]] = []  # requests of the window that were not made yet, the last one first
@@ -70,8 +74,9 @@ class RayDataStream:
         while not all(number in self._rows for number in ids):
             self._take()
         rows = [self._rows.pop(number) for number in ids]
-        fields = [None if parts_[0] is None else np.stack(parts_) for parts_ in zip(*rows, strict=True)]
-        return Batch(np.arange(start, stop), *fields)  # type: ignore[arg-type]
+        tokens, labels, weights, numbers = zip(*rows, strict=True)
+        documents = None if numbers[0] is None else Bounds.of_numbers(np.stack(numbers))
+        return Batch(np.arange(start, stop), np.stack(tokens), np.stack(labels), np.stack(weights), documents)
 
     def _begin(self, first: int, count: int) -> None:
         """A new window, from one request on; what is left of the old one is forgotten."""
@@ -83,7 +88,9 @@ class RayDataStream:
             requests.append((requests[-1][0] + stride, count))
         self._ahead, self._rows = requests[::-1], {}
         self._expected = {number for start, size in requests for number in range(start, start + size)}
+        _end(self._open)
         self._blocks = self._run(requests)
+        self._open.append(self._blocks)
         self.windows += 1
 
     def _run(self, requests: list[tuple[int, int]]) -> Iterator[Mapping[str, NDArray[Any]]]:
@@ -112,6 +119,13 @@ class RayDataStream:
             self._rows[number] = tuple(row)
 
 
+def _end(executions: list[Any]) -> None:
+    """Ends what is read for nobody. Ray Data would do so when the interpreter ends, and then wait for a thread that is no
+    more."""
+    while executions:
+        executions.pop().close()
+
+
 _STREAMS: dict[str, TokenStream] = {}  # of this process, by what they read: shards stay open between tasks
 
 
@@ -122,4 +136,4 @@ def _read(items: Mapping[str, NDArray[Any]], source: list[Any], key: str) -> dic
         data: RunData = ray.get(source[0])
         _STREAMS[key] = open_run_data(data.config, data.sources[0].name).train()  # as it is seen from this node
     batch = _STREAMS[key].batch(int(items["first"][0]), int(items["count"][0]))
-    return {name: part for name, part in batch._asdict().items() if part is not None}
+    return {name: np.asarray(part) for name, part in batch._asdict().items() if part is not None}

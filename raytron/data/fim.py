@@ -46,10 +46,11 @@ class FillInTheMiddle:
         """Rows of the same shape, documents and padding where they were. Every added token counts."""
         assert rows.documents is not None, "documents that are not known can't be filled in"
         tokens, counts = rows.tokens.copy(), rows.counts.copy()
-        most = int(rows.documents.max(initial=-1)) + 1
+        most = int(np.diff(rows.documents.splits).max(initial=0))
         draws = uniform(derive_key(self.seed, SITE), ids, DRAWS * most).reshape(len(ids), most, DRAWS)
         for row, document in np.argwhere(draws[:, :, 0] < self.rate).tolist():
-            start, stop = np.searchsorted(rows.documents[row], (document, document + 1)).tolist()
+            ends = [*rows.documents[row].tolist(), tokens.shape[1]]
+            start, stop = ends[document : document + 2] if document + 1 < len(ends) else (0, 0)
             if not counts[row, start:stop].any():
                 continue  # padding, or a number that this row does not have
             moved = self.moved(tokens[row, start:stop], draws[row, document])

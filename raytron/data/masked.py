@@ -22,6 +22,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from raytron.data.batch import Batch
+from raytron.data.bounds import Bounds
 from raytron.data.draw import below, uniform
 from raytron.data.order import derive_key
 from raytron.data.rows import Rows
@@ -45,7 +46,7 @@ class Masking:
     def __call__(self, rows: Rows, ids: NDArray[np.int64]) -> Batch:
         """The batch of samples `ids` (n,): of each row the first S tokens. Tokens that do not count are never chosen."""
         tokens, counts = rows.tokens[:, :-1], rows.counts[:, :-1]
-        documents = None if rows.documents is None else np.ascontiguousarray(rows.documents[:, :-1])
+        documents = None if rows.documents is None else rows.documents.cut(tokens.shape[1])
         count, length = tokens.shape
         draws = uniform(derive_key(self.seed, SITE), ids, 3 * length).reshape(count, 3, length)
         chosen = np.take_along_axis(draws[:, 0], self._decides(tokens, documents), axis=1) < self.rate
@@ -55,7 +56,7 @@ class Masking:
         inputs = np.where(chosen & other, below(draws[:, 2], self.vocab), inputs)
         return Batch(ids, inputs, np.ascontiguousarray(tokens), chosen.astype(np.float32), documents)
 
-    def _decides(self, tokens: NDArray[np.int64], documents: NDArray[np.int32] | None) -> NDArray[np.int64]:
+    def _decides(self, tokens: NDArray[np.int64], documents: Bounds | None) -> NDArray[np.int64]:
         """(n, S): the place whose draw decides for each token: its own, or that of its word's first token."""
         at = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         if self.word_starts is None:
@@ -63,7 +64,7 @@ class Masking:
         begins = self.word_starts[tokens]
         begins[:, :1] = True
         if documents is not None:
-            begins[:, 1:] |= np.diff(documents) != 0
+            begins[documents.where()] = True
         return np.maximum.accumulate(np.where(begins, at, 0), axis=1)
 
 

@@ -57,17 +57,16 @@ class OpenShards:
 
     def fill(self, rows: Rows, pieces: Sequence[Piece]) -> None:
         """Puts tokens in their places, and whether they count. Raises DataError for a token beyond the vocabulary."""
-        for (row, column, number, start, stop), tokens in zip(pieces, self._tokens(pieces), strict=True):
+        fetched = None if self.dataset.url is None else self._fetched(pieces)
+        for row, column, number, start, stop in pieces:
             shard, place = self[number], slice(column, column + stop - start)
-            rows.tokens[row, place] = tokens
+            rows.tokens[row, place] = shard.tokens[start:stop] if fetched is None else next(fetched)
             rows.counts[row, place] = True if shard.spans is None else counted(shard, start, stop)
         if rows.tokens.size and rows.tokens.max() >= self.dataset.vocab:
             self._name_the_shard(rows, pieces)
 
-    def _tokens(self, pieces: Sequence[Piece]) -> Iterator[NDArray[Any]]:
-        """Of each piece (stop - start,), as they lie in the shards; of remote ones all are asked for at once."""
-        if self.dataset.url is None:
-            return (self[piece.shard].tokens[piece.start : piece.stop] for piece in pieces)
+    def _fetched(self, pieces: Sequence[Piece]) -> Iterator[NDArray[Any]]:
+        """Of each piece its tokens (stop - start,), from remote shards; all are asked for at once."""
         places = [self._place(piece.shard) for piece in pieces]
         ranges = [tokens.range_of(piece.start, piece.stop) for tokens, piece in zip(places, pieces, strict=True)]
         parts = zip(places, read_ranges(ranges), strict=True)

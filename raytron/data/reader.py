@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytron.config import RunConfig
+from raytron.data.bounds import Bounds
 from raytron.data.manifest import Split
 from raytron.data.open_shards import OpenShards, Piece
 from raytron.data.pack import PackPlan, PackRule, find_plan, no_sample, open_plan
@@ -52,19 +53,18 @@ class ChopReader:
     def __init__(self, dataset: Dataset, split: Split, sequence_length: int, *, documents: bool = False):
         self.dataset, self.shards = dataset, OpenShards(dataset, split)
         self._length, self._documents = sequence_length, documents
-        self._ends = np.cumsum(samples_in(dataset, split, sequence_length))  # (shards,) samples up to and with each
-        if not len(self._ends) or not self._ends[-1]:
+        self._begins = offsets_of(samples_in(dataset, split, sequence_length))  # (shards + 1,) samples before
+        if not self._begins[-1]:
             raise DataError(too_short(dataset, split, sequence_length))
 
     @property
     def size(self) -> int:
-        return int(self._ends[-1])
+        return int(self._begins[-1])
 
     def locate(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of samples (n,): the number of the shard (n,) and the offset of the first token in it (n,)."""
-        shard = np.searchsorted(self._ends, samples, side="right").astype(np.int64)
-        before = np.where(shard > 0, self._ends[shard - 1], 0)
-        return shard, (samples - before) * self._length
+        shard = self._begins.searchsorted(samples, "right") - 1
+        return shard, (samples - self._begins[shard]) * self._length
 
     def pieces(self, samples: NDArray[np.int64]) -> list[Piece]:
         """What samples (n,) are made of, row by row."""
@@ -78,10 +78,8 @@ class ChopReader:
         self.shards.fill(rows, pieces)
         if not self._documents:
             return rows
-        begins = np.zeros(shape, np.int32)
-        for row, _, number, start, stop in pieces:
-            begins[row, self.shards[number].begins(start, stop)] = 1
-        return rows._replace(documents=np.cumsum(begins, axis=1, dtype=np.int32))
+        columns = (self.shards[number].begins(start, stop) for _, _, number, start, stop in pieces)
+        return rows._replace(documents=Bounds.of_rows(columns, shape[1]))
 
 
 class PackReader:
@@ -98,23 +96,25 @@ class PackReader:
 
     def pieces(self, samples: NDArray[np.int64]) -> list[Piece]:
         """What samples (n,) are made of, row by row and from left to right."""
-        found: list[Piece] = []
-        for row, number in enumerate(samples.tolist()):
-            starts, lengths = self.plan.bin(number)
-            shards = np.searchsorted(self._begins, starts, side="right") - 1
-            at = (shards, starts - self._begins[shards], lengths, np.cumsum(lengths) - lengths)
-            for shard, start, length, column in zip(*(each.tolist() for each in at), strict=True):
-                found.append(Piece(row, column, shard, start, start + length))
-        return found
+        bins = [self.plan.bin(number) for number in samples.tolist()]
+        if not bins:
+            return []
+        starts, lengths = (np.concatenate(parts) for parts in zip(*bins, strict=True))
+        rows = np.repeat(np.arange(len(bins)), [len(starts) for starts, _ in bins])
+        before = np.cumsum(lengths) - lengths
+        columns = before - before[rows.searchsorted(rows)]
+        shards = self._begins.searchsorted(starts, "right") - 1
+        at = starts - self._begins[shards]
+        return list(map(Piece, *(each.tolist() for each in (rows, columns, shards, at, at + lengths))))
 
     def read(self, samples: NDArray[np.int64]) -> Rows:
         """See `Reader.read`."""
         pieces, shape = self.pieces(samples), (len(samples), self.plan.rule.sequence_length + 1)
-        begins = np.zeros(shape, np.int32)
+        columns = [[0] for _ in range(shape[0])]
         for row, column, _, start, stop in pieces:
             if column + stop - start < shape[1]:  # the next piece, or padding
-                begins[row, column + stop - start] = 1
-        documents = np.cumsum(begins, axis=1, dtype=np.int32)
+                columns[row].append(column + stop - start)
+        documents = Bounds.of_rows(columns, shape[1])
         rows = Rows(np.full(shape, self.dataset.eod, np.int64), np.zeros(shape, np.bool_), documents)
         self.shards.fill(rows, pieces)
         return rows

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytron.data.batch import Batch
+from raytron.data.bounds import Bounds
 
 
 class Rows(NamedTuple):
@@ -25,7 +26,7 @@ class Rows(NamedTuple):
 
     tokens: NDArray[np.int64]  # (n, S + 1)
     counts: NDArray[np.bool_]  # (n, S + 1) whether the token is one to learn, as the label of the one before
-    documents: NDArray[np.int32] | None = None  # (n, S + 1) each token's document, ascending from 0; None: not known
+    documents: Bounds | None = None  # of n rows of S + 1 tokens; None: not known
 
 
 Transform = Callable[[Rows, NDArray[np.int64]], Rows]  # of rows, and their sample ids (n,); pure, and of the same shape
@@ -34,8 +35,9 @@ Transform = Callable[[Rows, NDArray[np.int64]], Rows]  # of rows, and their samp
 def batch_of(ids: NDArray[np.int64], rows: Rows, apart: bool) -> Batch:
     """The batch of samples `ids` (n,). apart: documents are kept apart, which needs rows that know them."""
     tokens, labels = rows.tokens[:, :-1], rows.tokens[:, 1:]  # two views of the same row
+    weights = rows.counts.astype(np.float32)
     if not apart:
-        return Batch(ids, tokens, labels, rows.counts[:, 1:].astype(np.float32))
+        return Batch(ids, tokens, labels, weights[:, 1:])
     assert rows.documents is not None, "rows without documents can't be kept apart by them"
-    counts = rows.counts[:, 1:] & (rows.documents[:, 1:] == rows.documents[:, :-1])
-    return Batch(ids, tokens, labels, counts.astype(np.float32), rows.documents[:, :-1])
+    weights[rows.documents.where()] = 0
+    return Batch(ids, tokens, labels, weights[:, 1:], rows.documents.cut(tokens.shape[1]))

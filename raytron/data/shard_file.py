@@ -65,9 +65,11 @@ class Shard:
         return len(self.doc_ids)
 
     def begins(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where documents begin among the tokens (start, stop), counted from `start`; not the one that `start` is in."""
-        first, last = self.offsets.searchsorted(start, "right"), self.offsets.searchsorted(stop, "left")
-        return self.offsets[first:last] - start
+        """Where documents begin among the tokens [start, stop), counted from `start`; 0 for the one that `start` is in."""
+        offsets = self.offsets
+        begins = offsets[offsets.searchsorted(start, "right") - 1 : offsets.searchsorted(stop)] - start
+        begins[0] = 0
+        return begins
 
     @cached_property
     def spans(self) -> Spans | None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from raytron.config import RunConfig
 from raytron.data.batch import Batch, part_of
+from raytron.data.bounds import Bounds
 from raytron.data.fim import FillInTheMiddle, fim_problems
 from raytron.data.manifest import Split
 from raytron.data.order import FixedOrder, InRuns, Order, ShuffledOrder
@@ -63,7 +64,7 @@ class SampleStream:
         them otherwise."""
         ids = np.arange(*part_of(first, count, part, parts), dtype=np.int64)
         place = self._runs.locate(ids)
-        sources = np.unique(place.source).tolist() or [0]
+        sources = [0] if len(self.readers) == 1 else np.unique(place.source).tolist() or [0]
         if len(sources) == 1:
             rows = self.readers[sources[0]].read(place.sample)
         else:
@@ -126,11 +127,11 @@ def training_transform(config: RunConfig, dataset: Dataset | TextCorpus) -> Tran
 def _together(parts: Sequence[Rows], where: Sequence[NDArray[np.intp]], count: int) -> Rows:
     """Rows of several sources, each at its places among `count`."""
     shape = (count, parts[0].tokens.shape[1])
-    documents = np.empty(shape, np.int32) if parts[0].documents is not None else None
-    rows = Rows(np.empty(shape, np.int64), np.empty(shape, np.bool_), documents)
+    rows = Rows(np.empty(shape, np.int64), np.empty(shape, np.bool_))
     for part, here in zip(parts, where, strict=True):
         rows.tokens[here], rows.counts[here] = part.tokens, part.counts
-        if documents is not None:
-            assert part.documents is not None, "sources of one blend know their documents, or none does"
-            documents[here] = part.documents
-    return rows
+    documents = [part.documents for part in parts if part.documents is not None]
+    if not documents:
+        return rows
+    assert len(documents) == len(parts), "sources of one blend know their documents, or none does"
+    return rows._replace(documents=Bounds.joined(documents, where))

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from raytron.data.bounds import Bounds
 from raytron.data.fast import Encoder
 from raytron.data.manifest import Split
 from raytron.data.rows import Rows
@@ -93,17 +94,13 @@ class TextReader:
     def read(self, samples: NDArray[np.int64]) -> Rows:
         """Rows (n, S + 1) of samples (n,). Raises DataError where text is not what was indexed."""
         shape = (len(samples), self._length + 1)
-        documents = np.zeros(shape, np.int32) if self._documents else None
-        rows = Rows(np.full(shape, self.corpus.eod, np.int64), np.zeros(shape, np.bool_), documents)
-        if not len(samples):
-            return rows
-        for row, (_, tokens, lengths) in enumerate(self.encoded(samples.tolist())):
+        rows, columns = Rows(np.full(shape, self.corpus.eod, np.int64), np.zeros(shape, np.bool_)), list[list[int]]()
+        for row, (_, tokens, lengths) in enumerate(self.encoded(samples.tolist()) if len(samples) else ()):
             kept = min(len(tokens), shape[1])
             rows.tokens[row, :kept], rows.counts[row, :kept] = tokens[:kept], True
-            if documents is not None:
-                numbers = np.repeat(np.arange(len(lengths) + 1), [*lengths, max(shape[1] - int(lengths.sum()), 0)])
-                documents[row] = numbers[: shape[1]]
-        return rows
+            ends = np.unique(np.cumsum(lengths))  # of documents, and so where the next one begins, or padding
+            columns.append([0, *ends[ends < shape[1]].tolist()])
+        return rows._replace(documents=Bounds.of_rows(columns, shape[1])) if self._documents else rows
 
 
 def no_text(corpus: TextCorpus, split: Split) -> Problem:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -142,7 +143,7 @@ class Twin:
     def loss(self, batch: Batch, training: bool = True) -> Tensor:
         """Σ weight · cross-entropy / Σ weight."""
         samples, tokens, labels, weights = (torch.from_numpy(part) for part in batch[:4])
-        documents = None if batch.documents is None else torch.from_numpy(batch.documents)
+        documents = None if batch.documents is None else torch.from_numpy(np.asarray(batch.documents))
         logits = self.logits(tokens, samples, training, documents)
         each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return (each * weights.flatten()).sum() / weights.sum()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raytron.data.batch import Batch, document_positions, document_starts
+from raytron.data.batch import Batch
 from raytron.model.context import Documents
 
 
@@ -35,15 +35,15 @@ def micro_batches(batch: Batch, size: int, held: NDArray[np.int64], device: torc
     length = batch.tokens.shape[1]
     parts: list[NDArray[Any]] = [batch.tokens, batch.labels, batch.weights]
     if batch.documents is not None:
-        parts.append(document_positions(batch.documents))
+        parts.append(batch.documents.positions())
     if len(held) < length:
         parts = [part[:, held] for part in parts]
     tensors = [torch.from_numpy(part).to(device, non_blocking=True) for part in (batch.ids, *parts)]
     for number, pieces in enumerate(zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)):
         documents = None
         if batch.documents is not None:
-            rows = batch.documents[number * size : (number + 1) * size]
-            documents = Documents(document_starts(rows), pieces[4])
+            starts = [batch.documents[row].tolist() for row in range(number * size, number * size + len(pieces[0]))]
+            documents = Documents(starts, pieces[4])
         samples, tokens, labels, weights = pieces[:4]
         yield MicroBatch(samples, tokens, labels, weights, length, documents)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from raytron.checkpoint.store import Hook, no_hook
 from raytron.config import RunConfig
@@ -45,8 +47,9 @@ def _read_ahead(config: RunConfig, stream: TokenStream, mesh: Mesh) -> TokenStre
 
 def pinned(batch: Batch) -> Batch:
     """A batch in page-locked memory, from which a copy to a device goes on beside other work. Needs CUDA; not run yet."""
-    return Batch(*(None if part is None else _pinned(part) for part in batch))  # type: ignore[arg-type]
+    ids, tokens, labels, weights = (_pinned(part) for part in batch[:4])
+    return Batch(ids, tokens, labels, weights, batch.documents)
 
 
-def _pinned(part: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(part).pin_memory().numpy()
+def _pinned(part: NDArray[Any]) -> NDArray[Any]:
+    return torch.from_numpy(np.ascontiguousarray(part)).pin_memory().numpy()

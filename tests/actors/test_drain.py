@@ -23,6 +23,7 @@ class Busy:
 
 @pytest.mark.slow
 def test_a_notice_reaches_all_through_ray():
+    ray.shutdown()  # of the Ray that tests share: they start it again
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)

@@ -31,4 +31,4 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
     exec(compile(code, "docs/data.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("(4, 16) (4, 16)\n[[0 0")
+    assert capsys.readouterr().out.startswith("(4, 16) (4, 16)\n[0 ")

@@ -13,6 +13,7 @@ from making import counting, make_dataset
 from numpy.typing import NDArray
 
 from raytron.config import RunConfig
+from raytron.data.bounds import Bounds
 from raytron.data.draw import below, uniform
 from raytron.data.fim import FillInTheMiddle, fim_problems
 from raytron.data.rows import Rows
@@ -44,7 +45,8 @@ def rows_of(lengths: list[int], padding: int = 0, count: int = 1) -> Rows:
     numbers = np.repeat(np.arange(len(lengths) + 1), [*lengths, padding]).astype(np.int32)
     counts = numbers < len(lengths)
     each: tuple[NDArray[Any], ...] = (np.array(tokens, np.int64), counts, numbers)
-    return Rows(*(np.tile(part, (count, 1)) for part in each))
+    tokens, counts, numbers = (np.tile(part, (count, 1)) for part in each)
+    return Rows(tokens, counts, Bounds.of_numbers(numbers))
 
 
 @settings(max_examples=150, deadline=None)
@@ -100,9 +102,7 @@ def test_a_sample_depends_on_seed_and_id_alone() -> None:
     rows = rows_of([20, 9, 14], count=6)
     whole = filled(rate=0.5)(rows, np.arange(40, 46))
     for row in range(6):
-        alone = filled(rate=0.5)(
-            Rows(*(part[row : row + 1] for part in rows if part is not None)), np.array([40 + row])
-        )
+        alone = filled(rate=0.5)(rows_of([20, 9, 14]), np.array([40 + row]))
         assert np.array_equal(alone.tokens[0], whole.tokens[row])
     assert not np.array_equal(filled(rate=0.5, seed=2)(rows, np.arange(40, 46)).tokens, whole.tokens)
     assert rows.tokens.max() < PREFIX  # what was given is unchanged

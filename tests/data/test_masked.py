@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from making import counting, make_dataset
 
 from raytron.data.batch import Batch
+from raytron.data.bounds import Bounds
 from raytron.data.masked import Masking, word_starts
 from raytron.data.rows import Rows
 from raytron.data.stream import ShardStream
@@ -26,7 +27,7 @@ def rows_of(count: int, length: int, seed: int = 0) -> Rows:
     draw = np.random.default_rng(seed)
     tokens = draw.integers(1, VOCAB, (count, length + 1))
     documents = np.sort(draw.integers(0, 4, (count, length + 1)), axis=1).astype(np.int32)
-    return Rows(tokens, np.ones(tokens.shape, np.bool_), documents)
+    return Rows(tokens, np.ones(tokens.shape, np.bool_), Bounds.of_numbers(documents))
 
 
 def masked(rows: Rows, ids: np.ndarray[Any, Any], **changes: Any) -> Batch:
@@ -72,8 +73,7 @@ def test_whole_words_are_chosen() -> None:
     batch = masked(rows, np.arange(300), word_starts=starts)
     assert batch.documents is not None
     begins = starts[batch.labels]
-    begins[:, 0] = True
-    begins[:, 1:] |= batch.documents[:, 1:] != batch.documents[:, :-1]
+    begins[batch.documents.where()] = True
     words = begins.ravel().cumsum() - 1
     chosen = np.bincount(words, weights=batch.weights.ravel())
     lengths = np.bincount(words)
@@ -97,7 +97,9 @@ def test_padding_and_spared_tokens_are_never_chosen() -> None:
 def test_a_sample_depends_on_seed_and_id_alone(first: int, row: int) -> None:
     rows, ids = rows_of(6, 20), np.arange(first, first + 6)
     whole = masked(rows, ids)
-    alone = masked(Rows(*(part[row : row + 1] for part in rows if part is not None)), ids[row : row + 1])
+    assert rows.documents is not None
+    here, bounds = slice(row, row + 1), Bounds.of_rows([rows.documents[row]], 21)
+    alone = masked(Rows(rows.tokens[here], rows.counts[here], bounds), ids[here])
     assert all(np.array_equal(mine[0], theirs[row]) for mine, theirs in zip(alone, whole, strict=True))
     assert not np.array_equal(masked(rows, ids, seed=4).weights, whole.weights)
 

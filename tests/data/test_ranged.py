@@ -104,14 +104,14 @@ def test_a_sample_costs_hardly_more_bytes_than_it_holds(
     count = Counted(monkeypatch)
     (reader,) = stream.readers
     pieces = reader.pieces(np.arange(200))  # type: ignore[attr-defined]
-    tokens = list(reader.shards._tokens(pieces))  # type: ignore[attr-defined]
+    tokens = list(reader.shards._fetched(pieces))  # type: ignore[attr-defined]
     wanted = sum(each.nbytes for each in tokens)
     assert wanted == 200 * (LENGTH + 1) * 2
     shards = len({piece.shard for piece in pieces})
     assert count.bytes == wanted + shards * 2 * 8192
     assert count.bytes < 2 * wanted
     assert count.calls == shards + 1  # where each shard's tokens lie, then all samples at once
-    list(reader.shards._tokens(pieces))  # type: ignore[attr-defined]
+    list(reader.shards._fetched(pieces))  # type: ignore[attr-defined]
     assert count.bytes == 2 * wanted + shards * 2 * 8192
 
 

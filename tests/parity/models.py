@@ -8,6 +8,7 @@ import numpy as np
 
 from raytron.config import RunConfig, from_mapping
 from raytron.data.batch import Batch, part_of
+from raytron.data.bounds import Bounds
 
 LLAMA = {
     "layers": 4, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocab": 67,
@@ -45,5 +46,5 @@ def batch_of(config: RunConfig, step: int = 0, part: int = 0, parts: int = 1) ->
     documents = None
     if config.data.document_mask:
         begins = np.stack([np.random.default_rng([int(i), 2]).random(length) < 0.25 for i in ids])
-        documents = begins.cumsum(1).astype(np.int32)[share]
+        documents = Bounds.of_numbers(begins.cumsum(1)[share])
     return Batch(ids[share], rows[share, :-1], rows[share, 1:], weights[share], documents)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import bare, check_equal, run_mesh, run_twin
@@ -99,7 +100,7 @@ def test_the_twin_keeps_documents_apart(model):
     """Documents packed in one sequence give the logits that each gives alone."""
     config = tiny(model, **APART)
     twin, batch = Twin(config), batch_of(config)
-    tokens, documents = torch.from_numpy(batch.tokens), torch.from_numpy(batch.documents)
+    tokens, documents = torch.from_numpy(batch.tokens), torch.from_numpy(np.asarray(batch.documents))
     with torch.no_grad():
         packed = twin.logits(tokens, documents=documents)
         for row, numbers in enumerate(documents):
