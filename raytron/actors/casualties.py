@@ -1,8 +1,10 @@
 """Who of a run is gone: nodes and ranks, as lines and Ray tell; giving them up, and calling back those who are left.
 
-lines break, or Ray says a node is dead ──► it is given up, with all that lives there ──► who waits for it is freed
-                                                                                                  │
-                          killed, at the limit ◄── does not ── every survivor leaves the mesh ◄───┘
+    lines break, or Ray says a node is dead ──► it is given up, with all that lives there ──► who waits for it is freed
+                                                                                                      │
+                              killed, at the limit ◄── does not ── every survivor leaves the mesh ◄───┘
+
+What comes next, on which mesh and from which state, is the matter of others (`raytron.actors.controller`).
 """
 
 from __future__ import annotations
