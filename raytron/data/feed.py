@@ -10,7 +10,7 @@ Ray Data promises neither order nor that a row comes once; here both are checked
 What a sample holds is the same pure function of its id as where a rank reads by itself, so the batches are the same to the
 bit, and nothing of a window is state: after a rollback or on another mesh a new one begins at the sample that is asked for.
 A rank that reads by itself is cheaper by far; this is for tokens whose fetching or unpacking needs more processors than
-the node of a rank has. Each rank has a window of its own, also where several need the same tokens.
+the node of a rank has. Ranks of a node that need the same tokens have one window (`raytron.training.read_once`).
 """
 
 from __future__ import annotations

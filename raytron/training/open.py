@@ -15,10 +15,14 @@ from raytron.data.batch import Batch, TokenStream
 from raytron.data.feed import RayDataStream
 from raytron.data.prefetch import PrefetchStream
 from raytron.data.run_data import RunData, open_run_data
+from raytron.data.text_index import TextCorpus
 from raytron.observe.trace import Tracer
 from raytron.parallel.mesh import Mesh
 from raytron.plan.plan import Plan
-from raytron.training.trainer import Trainer
+from raytron.training.read_once import ReadOnce
+from raytron.training.trainer import ALIKE, Trainer
+
+BEHIND = 8  # requests that a rank may lag behind the one that reads, beside those that are read ahead
 
 
 def open_trainer(plan: Plan, mesh: Mesh, dataset: Path, hook: Hook = no_hook) -> Trainer:
@@ -28,8 +32,17 @@ def open_trainer(plan: Plan, mesh: Mesh, dataset: Path, hook: Hook = no_hook) ->
     """
     data = open_run_data(plan.config, dataset)
     facts = {"data": data.recipe.hash, **({"data_recipe": data.recipe.facts()} if plan.config.data.blend else {})}
-    tracer, stream = Tracer.wanted(plan, mesh), _read_ahead(plan.config, _training(data), mesh)
-    return Trainer(plan, mesh, stream, data.validation(), data_facts=facts, tracer=tracer, hook=hook)
+    samples, once = _training(data), None
+    if _is_dear(data) and len(mesh.shape.group(mesh.rank, *ALIKE)) > 1:
+        samples = once = ReadOnce(samples, plan.config.data.prefetch + BEHIND)
+    tracer, stream = Tracer.wanted(plan, mesh), _read_ahead(plan.config, samples, mesh)
+    return Trainer(plan, mesh, stream, data.validation(), data_facts=facts, tracer=tracer, once=once, hook=hook)
+
+
+def _is_dear(data: RunData) -> bool:
+    """Whether reading is more than to slice memory maps."""
+    remote = any(isinstance(each, TextCorpus) or each.url is not None for each in data.sources)
+    return remote or data.config.data.feed == "ray_data"
 
 
 def _training(data: RunData) -> TokenStream:

@@ -32,13 +32,17 @@ from raytron.observe.trace import Tracer
 from raytron.optim.lr import learning_rate
 from raytron.parallel.layout import Slice
 from raytron.parallel.mesh import Mesh
+from raytron.plan.mesh import Axis
 from raytron.plan.plan import Plan
 from raytron.training.at_once import AtOnce
 from raytron.training.engine import Engine, StepResult
 from raytron.training.journal import Journal
+from raytron.training.read_once import ReadOnce
 from raytron.training.replica_digest import ReplicaDigest
 from raytron.training.replicas import Position, check_same_optimizer, committed
 from raytron.training.saves import WRITING, Saves
+
+ALIKE: tuple[Axis, ...] = ("tp", "cp", "pp")  # ranks that differ on these only train on the same samples
 
 
 class Started(NamedTuple):
@@ -67,15 +71,17 @@ class Trainer:
         data_digest: str = "",
         data_facts: Record | None = None,
         tracer: Tracer | None = None,
+        once: ReadOnce | None = None,
         hook: Hook = no_hook,
     ):
-        """validation: one stream, or named sets. data_facts: what checkpoints tell of the data; None: data_digest.
+        """validation: one stream, or named sets. data_facts: what checkpoints tell of the data; None: data_digest. once: the
+        part of `stream` that `share_reads` is about; None: each rank reads by itself.
         hook: told the phases of a step (forward, all-reduce, optimizer), of a save and of a load as they begin, and when a
         state has come from memory (restored)."""
         self.plan, self.mesh, self.stream = plan, mesh, stream
         self.validation = _sets(validation)
         self.data_facts, self._hook, self.phase = data_facts or {"data": data_digest}, hook, ""
-        self.tracer = tracer
+        self.tracer, self._once = tracer, once
         self.clock = BusyClock(mesh, tracer)
         self.engine = Engine(plan, mesh, self.clock.watch, self.hook)
         self.at_once = AtOnce(self.engine) if plan.config.optimizer.at_once else None
@@ -233,6 +239,16 @@ class Trainer:
         coords, shape = self.mesh.coords, self.mesh.shape
         start, stop = part_of(first, count, coords.dp, shape.dp, self.plan.config.micro_batch_size)
         return stream.batch(start, stop - start)
+
+    def share_reads(self, folder: Path | str, epoch: int, here: Collection[int]) -> None:
+        """From here on samples that several ranks of a node want are read by one of them, where reading is dear. On all
+        ranks, before the first step.
+
+        folder: in the node's memory; epoch: see `open_replicas`; here: the ranks of this node.
+        """
+        alike = [rank for rank in self.mesh.shape.group(self.mesh.rank, *ALIKE) if rank in here]
+        if self._once is not None and len(alike) > 1:
+            self._once.begin(Path(folder), epoch, self.mesh.coords.dp, leads=self.mesh.rank == alike[0])
 
     def state(self) -> dict[str, Slice]:
         """Weights, moments and balancing biases: this rank's slices of the global tensors."""

@@ -16,9 +16,10 @@ from raytron.observe.records import read_records
 
 
 class Ranges(SimpleHTTPRequestHandler):
-    """Serves a folder, parts of files too; notes the shards that were asked for whole."""
+    """Serves a folder, parts of files too; notes the shards that were asked for whole, and what parts were."""
 
     whole: list[str] = []  # noqa: RUF012
+    parts: list[tuple[str, str]] = []  # noqa: RUF012
 
     def log_message(self, *_):
         pass
@@ -29,6 +30,7 @@ class Ranges(SimpleHTTPRequestHandler):
             self.whole += [path.name] if path.suffix == ".arrow" and path.exists() else []
             super().do_GET()
             return
+        self.parts.append((path.name, asked))
         content = path.read_bytes()
         start, stop = (int(part) for part in asked.removeprefix("bytes=").split("-"))
         self.send_response(206)
@@ -48,8 +50,8 @@ def served(dataset):
     server.server_close()
 
 
-def losses(tmp_path, dataset, name, **data):
-    made = {**TINY, "name": f"feed-{name}", "run_dir": str(tmp_path / name), "steps": 3}
+def losses(tmp_path, dataset, name, recovery=None, **data):
+    made = {**TINY, "name": f"feed-{name}", "run_dir": str(tmp_path / name), "steps": 3, "recovery": recovery or {}}
     result = train(load({**made, "data": {"dataset": str(dataset), "packing": "best_fit", **data}}), quiet=True)
     assert result.status == "complete"
     records = list(read_records(tmp_path / name / "metrics.jsonl"))
@@ -61,6 +63,10 @@ def losses(tmp_path, dataset, name, **data):
 def test_every_way_gives_the_same_samples(tmp_path, dataset, served):
     plain = losses(tmp_path, dataset, "plain", prefetch=0)
     assert losses(tmp_path, served, "served") == plain
+    together = len(Ranges.parts)
+    assert losses(tmp_path, served, "apart", recovery={"memory_every": None}) == plain
+    apart = len(Ranges.parts) - together
+    assert together < apart, "the two stages of a pipeline train on what one of them has fetched"
     assert losses(tmp_path, dataset, "ahead") == plain
     assert losses(tmp_path, dataset, "ray-data", feed="ray_data") == plain
     assert not Ranges.whole
