@@ -1,8 +1,9 @@
 """Tokenization, in MB of text for each second of one CPU: python benchmarks/build.py
 
-One task of a build (read JSONL, encode, write parts), by each backend; the library's bare `encode_batch_fast` stands beside
-it in the same rounds as a peer. The text is the interpreter's standard library, then the same several times over: a
-repeated text flatters a backend that remembers words. What counts is CPU time, so that other work on the machine does not.
+One task of a build (read JSONL, encode, write parts), by each backend. Peers in the same rounds: the library's bare
+`encode_batch_fast`, and Megatron's way, where megatron-core is installed: a document a call, into its IndexedDatasetBuilder.
+The text is Python: the interpreter's standard library and its packages; slow readers are given every tenth document of it.
+What counts is CPU time, so that other work on the machine does not.
 """
 
 from __future__ import annotations
@@ -10,19 +11,56 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from context import context, cpu_seconds, write
 
 from raytron.data.corpus import resolve
-from raytron.data.records import documents
 from raytron.data.task import Job, tokenize_group
 from raytron.data.tokenizer import Tokenizer, train_tokenizer
 
 EOD = "<|endoftext|>"
+FEWER = 10  # slow readers are given every so many-th document
+
+
+def sources(most: int) -> Iterator[str]:
+    """Python files, until there are so many bytes."""
+    size, paths = 0, sysconfig.get_paths()
+    for place in (paths["stdlib"], paths["purelib"]):
+        for path in sorted(Path(place).rglob("*.py")):
+            if place == paths["stdlib"] and "site-packages" in path.parts:
+                continue
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            size += len(text.encode())
+            if size > most:
+                return
+            yield text
+
+
+def megatron(folder: Path, texts: Sequence[str], tokenizer: Tokenizer) -> Callable[[], Any] | None:
+    """As its preprocess_data.py does; None where it is not installed."""
+    try:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    except ImportError:
+        return None
+    import tokenizers
+
+    encoder = tokenizers.Tokenizer.from_file(str(tokenizer.path))
+
+    def build() -> None:
+        out = IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
+        for text in texts:
+            ids = [*encoder.encode(text).ids, tokenizer.eod]
+            out.add_document(torch.tensor(ids), [len(ids)])
+        out.finalize(str(folder / "megatron.idx"))
+
+    return build
 
 
 def task(folder: Path, name: str, text: Path, tokenizer: Tokenizer, backend: str) -> Callable[[], Any]:
@@ -35,35 +73,39 @@ def task(folder: Path, name: str, text: Path, tokenizer: Tokenizer, backend: str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mb", type=float, default=12, help="MiB of the standard library")
-    parser.add_argument("--times", type=int, default=8, help="how often, where it is repeated")
+    parser.add_argument("--mb", type=float, default=64, help="MiB of text")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    units = resolve(["python-stdlib"], max_bytes=int(given.mb * 2**20)).units
-    texts = [text for unit in units for text in documents(unit, "text")]
-    size = sum(len(text.encode()) for text in texts) / 1e6
+    texts = list(sources(int(given.mb * 2**20)))
+    few = texts[::FEWER]
+    sizes = {len(each): sum(len(text.encode()) for text in each) / 1e6 for each in (texts, few)}
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = train_tokenizer(folder / "tokenizer.json", texts[::4], 8192, EOD)
-        for times in (1, given.times):
-            lines = [json.dumps({"text": text}) + "\n" for text in texts]
-            (folder / f"{times}.jsonl").write_text("".join(lines * times))
+        tokenizer = train_tokenizer(folder / "tokenizer.json", few, 32_000, EOD)
+        for part in (texts, few):
+            (folder / f"{len(part)}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        theirs = megatron(folder, few, tokenizer)
         for number in range(given.rounds):
             cases = {
-                "library alone": (1, lambda: tokenizer.codec.encode_batch(texts)),
-                "task, tokenizers": (1, task(folder, f"a{number}", folder / "1.jsonl", tokenizer, "tokenizers")),
-                "task, gigatoken": (1, task(folder, f"b{number}", folder / "1.jsonl", tokenizer, "gigatoken")),
-                f"task, gigatoken, text {given.times} times": (
-                    given.times,
-                    task(folder, f"c{number}", folder / f"{given.times}.jsonl", tokenizer, "gigatoken"),
+                "library alone": (few, lambda: tokenizer.codec.encode_batch(few)),
+                "task, tokenizers": (
+                    few,
+                    task(folder, f"a{number}", folder / f"{len(few)}.jsonl", tokenizer, "tokenizers"),
                 ),
-            }
-            for case, (times, action) in cases.items():
-                rates.setdefault(case, []).append(times * size / cpu_seconds(action))
-    medians = {case: round(statistics.median(found), 1) for case, found in rates.items()}
-    facts = context(rounds=given.rounds, text_mb=round(size, 1), documents=len(texts), vocabulary=tokenizer.vocab)
-    write("build", {"context": facts, "median_mb_per_cpu_s": medians})
+                "task, gigatoken": (
+                    texts,
+                    task(folder, f"b{number}", folder / f"{len(texts)}.jsonl", tokenizer, "gigatoken"),
+                ),
+            } | ({} if theirs is None else {"Megatron's way": (few, theirs)})
+            for case, (part, action) in cases.items():
+                rates.setdefault(case, []).append(sizes[len(part)] / cpu_seconds(action))
+    medians = {case: round(statistics.median(found), 2) for case, found in rates.items()}
+    ratios = {case: round(medians["task, gigatoken"] / found, 1) for case, found in medians.items()}
+    facts = context(
+        rounds=given.rounds, text_mb=round(sizes[len(texts)], 1), documents=len(texts), vocabulary=tokenizer.vocab
+    )
+    write("build", {"context": facts, "median_mb_per_cpu_s": medians, "gigatoken_by_each": ratios})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ is left out; `ratios` are those to each of them.
 
 `cold` reads samples of 4,096 tokens after the files were dropped from the page cache, and counts what the disk was asked
 for; `remote` counts the bytes that byte ranges of a data set in a store cost; `wait` is how long a step of 20 ms of other
-work waits for its batch.
+work waits for its batch, and `feed` the same where Ray Data's tasks read (`data.feed: ray_data`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ from context import context, write
 
 from raytron.config import RunConfig
 from raytron.data import files
+from raytron.data.feed import RayDataStream
 from raytron.data.manifest import Manifest, ShardEntry, Unigram, write_manifest
 from raytron.data.megatron import export_megatron
 from raytron.data.prefetch import PrefetchStream
+from raytron.data.run_data import open_run_data
 from raytron.data.shard_file import digest_of, offsets_of, read_shard, write_shard
 from raytron.data.shards import Dataset, open_dataset
 from raytron.data.stream import ShardStream, open_stream
@@ -44,6 +46,7 @@ from raytron.testing.nodes import descendants
 
 LENGTH, BATCH, SAMPLES, DOCUMENTS = 2048, 8, 4096, 20_000
 COLD_LENGTH, COLD_SAMPLES = 4096, 300
+STEPS, STEP = 50, 64  # samples of a step
 PLAIN, APART, PLACES = "raytron, chop", "raytron, documents apart", "raytron, documents apart, with positions"
 MEGATRON, MEGATRON_APART = "megatron-core, GPTDataset", "megatron-core, positions anew per document"
 RAY = "ray.data, streaming_split"
@@ -336,17 +339,36 @@ def remote(dataset: Dataset) -> dict[str, float]:
 
 
 def wait(dataset: Dataset, depth: int) -> dict[str, float]:
-    """Of a step of 20 ms, until its batch of 64 is there."""
+    """Of a step, until its batch is there."""
     stream: Any = ShardStream(dataset, "train", LENGTH, 5, documents=True)
-    if depth:
-        stream = PrefetchStream(stream, depth, lambda first: 64)
-    waited = []
-    for step in range(50):
+    return waited(PrefetchStream(stream, depth, lambda first: STEP) if depth else stream)
+
+
+def waited(stream: Any) -> dict[str, float]:
+    """Of 50 steps of 20 ms, until their samples are there."""
+    found = []
+    for step in range(STEPS):
         begin = time.perf_counter()
-        stream.batch(64 * step, 64)
-        waited.append(time.perf_counter() - begin)
+        stream.batch(STEP * step, STEP)
+        found.append(time.perf_counter() - begin)
         time.sleep(0.02)
-    return {"median_ms": round(1e3 * float(np.median(waited)), 3), "p90_ms": round(1e3 * sorted(waited)[45], 3)}
+    figures = {"median_ms": np.median(found), "p90_ms": sorted(found)[45], "mean_ms": np.mean(found)}
+    return {name: round(1e3 * float(seconds), 3) for name, seconds in figures.items()}
+
+
+def feed(dataset: Dataset) -> dict[str, float]:
+    """Ray Data's tasks read ahead; a Ray has to be there. The first step, for which they start, is not counted."""
+    config = RunConfig().replace(
+        **{"sequence_length": LENGTH, "data.dataset": str(dataset.path), "data.feed": "ray_data"}
+    )
+    stream = RayDataStream(open_run_data(config, dataset.path), lambda first: STEP)
+    ahead = PrefetchStream(stream, 2, lambda first: STEP)
+    ahead.batch(0, STEP)
+    before, begin = cpu_times(), time.perf_counter()
+    found = waited(ahead)
+    seconds, tokens = time.perf_counter() - begin, STEPS * STEP * LENGTH
+    spent = sum(used - before.get(pid, 0.0) for pid, used in cpu_times().items())
+    return {**found, "tokens_per_s": round(tokens / seconds), "tokens_per_cpu_s": round(tokens / spent)}
 
 
 def main() -> None:
@@ -362,6 +384,7 @@ def main() -> None:
         best = best_of(rounds, readers)
         waits = {"read in the step": wait(dataset, 0), "2 steps ahead": wait(dataset, 2)}
         best |= best_of(rounds, dict(ray_data(dataset, Path(scratch))))
+        fed = feed(dataset)
         result = {
             "context": context(numpy=np.__version__, rounds=rounds, sequence_length=LENGTH, batch=BATCH),
             "tokens_per_cpu_s": {name: round(value) for name, value in best.items()},
@@ -370,6 +393,7 @@ def main() -> None:
             "cold": first_cold,
             "remote": remote(dataset),
             "wait": waits,
+            "feed": fed,
         }
     write("data", result)
 
