@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from typing import Any
 
+import fsspec
 import pytest
 import ray
 from hypothesis import settings
@@ -43,6 +45,29 @@ def s3_client() -> Iterator[Any]:
             patch.setenv(key, value)
         yield boto3.client("s3")
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def google_bucket() -> Iterator[str]:
+    """A bucket on an emulator of Google's storage, which fsspec talks to as well. Where gcsfs and gcp-storage-emulator are
+    not installed, as without asking for them they are not, its tests are skipped."""
+    how = "pip install gcsfs gcp-storage-emulator"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # of gcsfs: asks for what the emulator has not
+        pytest.importorskip("gcsfs", reason=how)
+        emulator = pytest.importorskip("gcp_storage_emulator.server", reason=how)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        address = f"http://127.0.0.1:{port}"
+        patch.setenv("STORAGE_EMULATOR_HOST", address)
+        for scheme in ("gs", "gcs"):
+            patch.setitem(fsspec.config.conf, scheme, {"token": "anon", "endpoint_url": address})
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
+        server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+        server.start()
+        yield "gs://bucket"
+        server.stop()
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,14 @@ def s3(s3_client: Any) -> Iterator[str]:
     object_store.cache_clear()
 
 
-@pytest.fixture(params=["memory", "file", "s3"])
+@pytest.fixture(scope="module")
+def gs(google_bucket: str) -> Iterator[str]:
+    object_store.cache_clear()
+    yield google_bucket
+    object_store.cache_clear()
+
+
+@pytest.fixture(params=["memory", "file", "s3", "gs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """An empty folder of each kind of store."""
     roots = {"memory": "memory://store", "file": f"file://{tmp_path}"}

@@ -45,6 +45,13 @@ def s3(s3_client: Any) -> Iterator[str]:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+@pytest.fixture(scope="module")
+def gs(google_bucket: str) -> Iterator[str]:
+    files_module._file_system.cache_clear()
+    yield google_bucket
+    files_module._file_system.cache_clear()
+
+
 class Handler(SimpleHTTPRequestHandler):
     """Serves a folder; `Ranges` knows ranges, this one gives only whole files."""
 
@@ -122,9 +129,9 @@ def fill(root: str) -> None:
         writer.write_table(table, max_chunksize=10)
 
 
-@pytest.mark.parametrize("kind", ["memory", "s3"])
+@pytest.mark.parametrize("kind", ["memory", "s3", "gs"])
 def test_folders_globs_and_files(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = "memory://texts/corpus" if kind == "memory" else f"{request.getfixturevalue('s3')}/corpus"
+    root = "memory://texts/corpus" if kind == "memory" else f"{request.getfixturevalue(kind)}/corpus"
     fill(root)
     expected = ["a text", *TEXTS, *TEXTS, *TEXTS]
     assert texts(root) == expected
