@@ -41,7 +41,7 @@ def gs(google_bucket: str) -> Iterator[str]:
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """An empty folder of each kind of store."""
     roots = {"memory": "memory://store", "file": f"file://{tmp_path}"}
-    root = roots.get(request.param) or request.getfixturevalue("s3")
+    root = roots.get(request.param) or request.getfixturevalue(request.param)
     return Path(f"{root}/{tmp_path.name}/checkpoints")
 
 
@@ -154,6 +154,8 @@ def test_a_failed_save_leaves_nothing(place: Path) -> None:
 
 
 def test_what_is_there_is_not_published_again(place: Path) -> None:
+    if scheme_of(place) == "gs":
+        pytest.skip("the emulator takes no heed of ifGenerationMatch, by which gcsfs asks for this")
     path = save(place, 1)
     storage = storage_of(path)
     with pytest.raises(FileExistsError):
