@@ -30,7 +30,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import torch
-from context import context, write
+from context import context, cpu_seconds, write
 
 from raytron.config import RunConfig
 from raytron.data import files
@@ -316,6 +316,13 @@ def _disk_bytes() -> int:
     return int(lines["read_bytes"])
 
 
+def verified(dataset: Dataset) -> float:
+    """What `raytron inspect --verify` hashes."""
+    paths = [dataset.path / entry.path for entry in dataset.entries("train")]
+    size = sum(path.stat().st_size for path in paths)
+    return round(size / cpu_seconds(lambda: [digest_of(path) for path in paths], 5) / 1e9, 1)
+
+
 def remote(dataset: Dataset) -> dict[str, float]:
     """The same of a store: fsspec's memory, which answers at once."""
     url = "memory://benchmark/tokens"
@@ -391,6 +398,7 @@ def main() -> None:
             "ratios": ratios(best),
             "not_installed": absent,
             "cold": first_cold,
+            "verified_gb_per_cpu_s": verified(dataset),
             "remote": remote(dataset),
             "wait": waits,
             "feed": fed,

@@ -93,6 +93,7 @@ class TrainerLike(Protocol):
     def load(self, generation: Path | str) -> None: ...
     def restore(self, generation: MemoryGeneration, node: str, fetch: Fetch) -> None: ...
     def share_reads(self, folder: Path | str, epoch: int, here: Collection[int]) -> None: ...
+    def end_reads(self) -> None: ...
     def open_replicas(self, folder: Path | str, epoch: int, known: Callable[[], int] | None = None) -> None: ...
     def close_replicas(self) -> None: ...
     def park(self) -> Path: ...
@@ -419,6 +420,7 @@ class Worker:
 
     def _drop(self) -> None:
         if self._trainer is not None:
+            self._trainer.end_reads()
             self._trainer.close_replicas()
         self._trainer, self._mesh, self._request, self._doing = None, None, Request.NONE, IDLE
         self._records.clear()
@@ -456,6 +458,8 @@ class Worker:
         time.sleep(FREE_PEERS_S)
         with self._leaving:
             if self._orders is orders:
+                if self._trainer is not None:
+                    self._trainer.end_reads()
                 close_world()
 
 

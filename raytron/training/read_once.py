@@ -5,7 +5,7 @@
 
 A slice of a memory map costs less than that. It is for what is dear: ranges of a remote shard, text that is tokenized as it
 is read, the tasks of Ray Data. Nobody waits in a collective: these are files, and whoever waits for one looks whether the
-rank that reads lives, and whether it could.
+rank that reads lives, and whether it still does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raytron.data.bounds import Bounds
 from raytron.errors import CheckpointError
 
 NAME = "feed-"  # of a folder, before the number of its epoch
-READER, FAILED = "reader", "failed"  # files: who reads; that it could not
+READER, FAILED = "reader", "failed"  # files: who reads; that it does not any more
 SHORTEST_S, LONGEST_S = 0.001, 0.02  # between two looks for a file
 LOOK_S = 0.5  # between two looks for who reads
 
@@ -68,8 +68,14 @@ class ReadOnce:
         self._folder.mkdir(parents=True, exist_ok=True)
         _put(self._folder / READER, to_json(this_process()))
 
+    def end(self) -> None:
+        """This rank asks for nothing any more: whoever waits for it is freed."""
+        if self._folder is not None and self._leads:
+            with suppress(OSError):
+                (self._folder / FAILED).touch()
+
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
-        """See `TokenStream.batch`. Raises ConnectionError where the rank that reads is gone, or could not read."""
+        """See `TokenStream.batch`. Raises ConnectionError where the rank that reads is gone or has ended."""
         start, stop = part_of(first, count, part, parts)
         if self._folder is None or start == stop:
             return self.inner.batch(start, stop - start)
@@ -84,8 +90,7 @@ class ReadOnce:
                     np.save(file, part, allow_pickle=False)
             _beside(path).rename(path)
         except Exception:
-            with suppress(OSError):
-                (path.parent / FAILED).touch()
+            self.end()
             raise
         self._given.append(path)
         while len(self._given) > self.kept:
@@ -98,7 +103,7 @@ class ReadOnce:
             with suppress(FileNotFoundError):
                 return _read(path)
             if (path.parent / FAILED).exists():
-                raise ConnectionError(f"samples {path.name}: the rank that reads them for this node could not")
+                raise ConnectionError(f"samples {path.name}: the rank that reads them for this node has ended")
             if time.monotonic() - looked > LOOK_S:
                 looked = time.monotonic()
                 self._look(path)

@@ -250,6 +250,12 @@ class Trainer:
         if self._once is not None and len(alike) > 1:
             self._once.begin(Path(folder), epoch, self.mesh.coords.dp, leads=self.mesh.rank == alike[0])
 
+    def end_reads(self) -> None:
+        """No sample is asked for any more; frees ranks that wait for this one to read. Call it before a trainer that shares
+        reads is dropped."""
+        if self._once is not None:
+            self._once.end()
+
     def state(self) -> dict[str, Slice]:
         """Weights, moments and balancing biases: this rank's slices of the global tensors."""
         return self.engine.state()

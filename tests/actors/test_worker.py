@@ -25,7 +25,7 @@ def test_an_error_frees_the_peers_of_its_own_mesh_only(alone, rebuilt, monkeypat
     """The rank may be in the next mesh by the time its error of the last one is dealt with."""
     monkeypatch.setattr(worker, "FREE_PEERS_S", 0.0)
     rank = object.__new__(Worker)
-    rank._leaving, rank._orders = threading.Lock(), object()
+    rank._leaving, rank._orders, rank._trainer = threading.Lock(), object(), None
     failed_under = object() if rebuilt else rank._orders
     rank._free_peers(failed_under)
     assert dist.is_initialized() == rebuilt
@@ -64,6 +64,9 @@ class Saving:
     def park(self):
         self.told.append("parked")
 
+    def end_reads(self):
+        self.told.append("ended")
+
     def close_replicas(self):
         self.told.append("closed")
 
@@ -80,5 +83,5 @@ def test_who_leaves_may_end_the_checkpoint_under_way_first(finish, error, report
     rank._leaving, rank.rank, rank._trainer, rank._records = threading.Lock(), 0, Saving(error), []
     trainer = rank._trainer
     left = rank.leave(park=True, finish=finish)
-    assert trainer.told == ["settled"] * finish + ["parked", "closed"]
+    assert trainer.told == ["settled"] * finish + ["parked", "ended", "closed"]
     assert (left.parked, left.reports) == (True, reports)

@@ -85,8 +85,17 @@ def test_an_error_is_the_readers_and_a_consequence_for_the_others(tmp_path):
     first, other = ranks(tmp_path, 2, bad=8)
     with pytest.raises(DataError, match="the shard is gone"):
         first.batch(8, SIZE)
-    with pytest.raises(ConnectionError, match="could not"):
+    with pytest.raises(ConnectionError, match="has ended"):
         other.batch(8, SIZE)
+
+
+def test_who_ends_frees_the_others_but_for_what_it_has_read(tmp_path):
+    first, other = ranks(tmp_path, 2)
+    read = first.batch(0, SIZE)
+    first.end()
+    assert same(other.batch(0, SIZE), read)
+    with pytest.raises(ConnectionError, match="has ended"):
+        other.batch(SIZE, SIZE)
 
 
 def test_who_waits_for_a_dead_process_is_told(tmp_path, monkeypatch):
