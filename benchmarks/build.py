@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from context import context, cpu_seconds, write
+from context import context, cpu_seconds, python_files, write
 
 from raytron.data.corpus import resolve
 from raytron.data.task import Job, tokenize_group
@@ -27,20 +26,6 @@ from raytron.data.tokenizer import Tokenizer, train_tokenizer
 
 EOD = "<|endoftext|>"
 FEWER = 10  # slow readers are given every so many-th document
-
-
-def sources(most: int) -> Iterator[str]:
-    """Python files, until there are so many bytes."""
-    size, paths = 0, sysconfig.get_paths()
-    for place in (paths["stdlib"], paths["purelib"]):
-        for path in sorted(Path(place).rglob("*.py")):
-            if place == paths["stdlib"] and "site-packages" in path.parts:
-                continue
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            size += len(text.encode())
-            if size > most:
-                return
-            yield text
 
 
 def megatron(folder: Path, texts: Sequence[str], tokenizer: Tokenizer) -> Callable[[], Any] | None:
@@ -76,7 +61,7 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=64, help="MiB of text")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    texts = list(sources(int(given.mb * 2**20)))
+    texts = list(python_files(int(given.mb * 2**20)))
     few = texts[::FEWER]
     sizes = {len(each): sum(len(text.encode()) for text in each) / 1e6 for each in (texts, few)}
     rates: dict[str, list[float]] = {}

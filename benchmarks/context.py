@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def cpu_seconds(work: Callable[[], Any], rounds: int = 1) -> float:
         work()
         found.append(time.process_time() - begin)
     return min(found)
+
+
+def python_files(most: int) -> Iterator[str]:
+    """The interpreter's own library, then its packages, file by file, at most so many bytes."""
+    size, paths = 0, sysconfig.get_paths()
+    for place in (paths["stdlib"], paths["purelib"]):
+        for path in sorted(Path(place).rglob("*.py")):
+            if place == paths["stdlib"] and "site-packages" in path.parts:
+                continue
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            size += len(text.encode())
+            if size > most:
+                return
+            yield text
 
 
 def _lines(path: str) -> list[str]:

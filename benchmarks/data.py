@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -168,15 +168,20 @@ def mosaic(dataset: Dataset, folder: Path) -> Iterator[tuple[str, Reader]]:
     stored = StreamingDataset(local=str(folder / "mosaic"), shuffle=True, batch_size=BATCH)
 
     def read() -> int:
-        rows: list[np.ndarray] = []
-        for row in stored:
-            rows.append(row["tokens"])
-            if len(rows) == BATCH:
-                np.stack(rows).astype(np.int64)
-                rows.clear()
+        by_batches((row["tokens"] for row in stored), lambda rows: np.stack(rows).astype(np.int64))
         return len(stored) * LENGTH
 
     yield "mosaicml-streaming, shuffled", read
+
+
+def by_batches(rows: Iterable[Any], join: Callable[[list[Any]], Any]) -> None:
+    """Makes a batch of each BATCH rows that come."""
+    held: list[Any] = []
+    for row in rows:
+        held.append(row)
+        if len(held) == BATCH:
+            join(held)
+            held.clear()
 
 
 def stub_torchvision() -> None:
@@ -205,12 +210,7 @@ def litdata(dataset: Dataset, folder: Path) -> Iterator[tuple[str, Reader]]:
     stored = StreamingDataset(str(folder / "litdata"), item_loader=TokensLoader(block_size=LENGTH + 1), shuffle=True)
 
     def read() -> int:
-        rows: list[Any] = []
-        for row in stored:
-            rows.append(row)
-            if len(rows) == BATCH:
-                torch.stack(rows).long()
-                rows.clear()
+        by_batches(stored, lambda rows: torch.stack(rows).long())
         return len(stored) * LENGTH
 
     yield "litdata, TokensLoader, shuffled", read
@@ -269,6 +269,11 @@ def cpu_times() -> dict[int, float]:
     return found
 
 
+def spent_since(before: dict[int, float]) -> float:
+    """Seconds that all of these have spent."""
+    return sum(seconds - before.get(pid, 0.0) for pid, seconds in cpu_times().items())
+
+
 def best_of(rounds: int, readers: dict[str, Reader]) -> dict[str, float]:
     """Tokens per second of CPU time."""
     best = dict.fromkeys(readers, 0.0)
@@ -276,8 +281,7 @@ def best_of(rounds: int, readers: dict[str, Reader]) -> dict[str, float]:
         for name, read in readers.items():
             before = cpu_times()
             tokens = read()
-            spent = sum(seconds - before.get(pid, 0.0) for pid, seconds in cpu_times().items())
-            best[name] = max(best[name], tokens / spent)
+            best[name] = max(best[name], tokens / spent_since(before))
     return best
 
 
@@ -374,8 +378,7 @@ def feed(dataset: Dataset) -> dict[str, float]:
     before, begin = cpu_times(), time.perf_counter()
     found = waited(ahead)
     seconds, tokens = time.perf_counter() - begin, STEPS * STEP * LENGTH
-    spent = sum(used - before.get(pid, 0.0) for pid, used in cpu_times().items())
-    return {**found, "tokens_per_s": round(tokens / seconds), "tokens_per_cpu_s": round(tokens / spent)}
+    return {**found, "tokens_per_s": round(tokens / seconds), "tokens_per_cpu_s": round(tokens / spent_since(before))}
 
 
 def main() -> None:

@@ -8,13 +8,12 @@ of 8 in shuffled order (`benchmarks/data.py` reads a tokenized data set). `fill`
 from __future__ import annotations
 
 import json
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from context import context, cpu_seconds, write
+from context import context, cpu_seconds, python_files, write
 
 from raytron.config import RunConfig, load
 from raytron.data.batch import TokenStream
@@ -36,10 +35,7 @@ def make_corpus(path: Path) -> int:
     """Its bytes of text."""
     size = 0
     with path.open("w") as file:
-        for found in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-            text = found.read_text(encoding="utf-8", errors="ignore")
-            if size + len(text) > TEXT_MIB * MIB:
-                break
+        for text in python_files(TEXT_MIB * MIB):
             size += len(text.encode())
             file.write(json.dumps({"text": text}) + "\n")
     return size

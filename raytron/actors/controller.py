@@ -257,14 +257,17 @@ class Controller(Desk):
         source = self._source(data)
         chosen = time.monotonic()
         self.probation.begin(self._epoch, source)
-        self.memory.prepare(self._epoch, plan.mesh.world, {facts.node_id for facts in gang.facts.values()})
+        nodes = tuple(facts.node_id for _, facts in sorted(gang.facts.items()))
+        self.memory.prepare(self._epoch, plan.mesh.world, set(nodes))
         found = time.monotonic()
-        self._casualties.nodes = {facts.node_id for facts in gang.facts.values()}
+        self._casualties.nodes = set(nodes)
         self._supervisor = Supervisor(
             gang.workers, self.patience, self._heard, self._asks, self._look, self._casualties.look
         )
         memory = ray.put(source) if isinstance(source, MemoryGeneration) else None
-        built = self._together("build", lambda rank: (self._orders(rank, data, source), memory), patience.BUILDING)
+        built = self._together(
+            "build", lambda rank: (self._orders(rank, nodes, data, source), memory), patience.BUILDING
+        )
         self._step = self._recorded = built[0].step
         self._stood = self._epoch
         self.probation.stands()
@@ -284,17 +287,16 @@ class Controller(Desk):
         parts = {"fill_s": gathered - start, "source_s": chosen - gathered, "keepers_s": found - chosen}
         self._tell_built(plan, gang, source, parts, gather_s=found - start, build_s=time.monotonic() - found)
 
-    def _orders(self, rank: int, data: RunData, source: Source) -> Orders:
+    def _orders(self, rank: int, nodes: tuple[str, ...], data: RunData, source: Source) -> Orders:
         gang, plan = self._gang, self._plan
         assert gang is not None
         assert plan is not None
         where = (ray.util.get_node_ip_address(), self._store.port)
         path = source.path if isinstance(source, Generation) else None
-        nodes = tuple(gang.facts[other].node_id for other in range(plan.mesh.world))
         folder = Path(self.memory.folders[nodes[rank]]) if self.memory.on else None
         dataset = Path(data.sources[0].name)
         return Orders(
-            plan, rank, self._epoch, where, dataset, path, gang.device, gang.neighbours(rank), nodes, folder,
+            plan, rank, self._epoch, where, dataset, path, gang.device, nodes, folder,
             self.memory.keepers, self.health.retrace, tuple(sorted(self._skip)), gang.seats, self.lines.to,
         )  # fmt: skip
 

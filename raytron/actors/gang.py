@@ -263,10 +263,6 @@ class Gang:
             back, late = ray.wait(list(calls), num_returns=len(calls), timeout=2.0)
             self.drop([calls[call] for call in late] + [calls[call] for call in back if failed(call)])
 
-    def neighbours(self, rank: int) -> int:
-        """Workers on the node of a rank, itself included."""
-        return sum(facts.node_id == self.facts[rank].node_id for facts in self.facts.values())
-
     # ---- fewer of them
 
     def free(self, gone: Collection[str]) -> None:

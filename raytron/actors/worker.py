@@ -126,7 +126,6 @@ class Orders:
     dataset: Path
     generation: Path | None  # where to go on from, if not from memory; None: from the beginning
     device: str
-    neighbours: int  # workers on the same node, this one included
     nodes: tuple[str, ...]  # the ids of the nodes of all ranks
     folder: Path | None  # where its segments go; None: it writes none
     keepers: Mapping[str, Any]  # the way to segments on other nodes, by their ids
@@ -139,6 +138,11 @@ class Orders:
     def node(self) -> str:
         """The id of the node of this rank."""
         return self.nodes[self.rank]
+
+    @property
+    def here(self) -> list[int]:
+        """The ranks on this node, this one included."""
+        return [rank for rank, node in enumerate(self.nodes) if node == self.node]
 
 
 class Beat(NamedTuple):
@@ -230,7 +234,7 @@ class Worker:
         config = orders.plan.config
         with self._telling("building"):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // orders.neighbours))
+            torch.set_num_threads(config.cluster.threads_per_worker or max(1, cores // len(orders.here)))
             bind_to(ray.util.get_node_ip_address())
             timeout = timedelta(seconds=config.cluster.timeout_s)
             store = TCPStore(*orders.store, is_master=False, timeout=timeout)
@@ -251,8 +255,7 @@ class Worker:
         trainer.skip(orders.skip)
         trainer.retrace = orders.retrace
         if orders.folder is not None:
-            here = [rank for rank, node in enumerate(orders.nodes) if node == orders.node]
-            trainer.share_reads(orders.folder, orders.epoch, here)
+            trainer.share_reads(orders.folder, orders.epoch, orders.here)
         problem = self._open_replicas(trainer, orders)
         self._trainer = trainer
         return Built(trainer.step, problem)

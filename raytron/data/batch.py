@@ -50,6 +50,21 @@ class TokenStream(Protocol):
         ...
 
 
+class Around:
+    """What a TokenStream is that gives the samples of another one: `inner`, unless said otherwise."""
+
+    def __init__(self, inner: TokenStream):
+        self.inner = inner
+
+    @property
+    def sequence_length(self) -> int:
+        return self.inner.sequence_length
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.inner.samples_per_epoch
+
+
 def part_of(first: int, count: int, part: int, parts: int, unit: int = 1) -> tuple[int, int]:
     """The ids [start, stop) of one part: contiguous, in order, ⌈units / parts⌉ units of ids in the first parts, else ⌊⌋.
 

@@ -24,7 +24,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from raytron.data.batch import Batch, TokenStream, part_of
+from raytron.data.batch import Around, Batch, TokenStream, part_of
 from raytron.data.bounds import Bounds
 from raytron.data.run_data import RunData, open_run_data
 from raytron.errors import DataError, Problem
@@ -35,15 +35,15 @@ FIELDS = ("tokens", "labels", "weights", "documents")
 Row = tuple[Any, ...]  # of each field, the row of one sample; None for documents that are not known
 
 
-class RayDataStream:
+class RayDataStream(Around):
     """The TokenStream of a run's training data, read by Ray Data's tasks. Ray must be initialised.
 
     stride: of a request that begins with sample `first`, how many ids later the next one begins.
     """
 
     def __init__(self, data: RunData, stride: Callable[[int], int], window: int = WINDOW):
+        super().__init__(data.train())  # for what it knows without reading
         self.data, self._stride, self._window = data, stride, window
-        self._plain = data.train()  # for what it knows without reading
         self._source = ray.put(data)
         self._key = hashlib.sha256(ray.cloudpickle.dumps(data)).hexdigest()
         self._blocks: Iterator[Mapping[str, NDArray[Any]]] = iter(())
@@ -54,19 +54,11 @@ class RayDataStream:
         self._ahead: list[tuple[int, int]] = []  # requests of the window that were not made yet, the last one first
         self.windows = 0  # executions begun
 
-    @property
-    def sequence_length(self) -> int:
-        return self._plain.sequence_length
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return self._plain.samples_per_epoch
-
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
         """See `TokenStream.batch`. Raises DataError where Ray Data loses a sample, or gives one twice."""
         start, stop = part_of(first, count, part, parts)
         if start == stop:
-            return self._plain.batch(start, 0)
+            return self.inner.batch(start, 0)
         if not self._ahead or self._ahead[-1] != (start, stop - start):
             self._begin(start, stop - start)
         self._ahead.pop()

@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from raytron.data.batch import Batch, TokenStream, part_of
+from raytron.data.batch import Around, Batch, TokenStream, part_of
 
 Keep = Callable[[Batch], Batch]  # moves a batch to where it is wanted, such as page-locked memory
 
 
-class PrefetchStream:
+class PrefetchStream(Around):
     """The TokenStream of another one, whose batches are read before they are asked for.
 
     depth: batches that are read ahead, at least 1. stride: of a request that begins with sample `first`, how many ids
@@ -32,19 +32,12 @@ class PrefetchStream:
     def __init__(self, inner: TokenStream, depth: int, stride: Callable[[int], int], keep: Keep | None = None):
         if depth < 1:
             raise ValueError(f"{depth} batches can't be read ahead")
-        self.inner, self.depth, self._stride, self._keep = inner, depth, stride, keep
+        super().__init__(inner)
+        self.depth, self._stride, self._keep = depth, stride, keep
         self._thread = ThreadPoolExecutor(1, "prefetch")
         self._ahead: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
         self._given: deque[Batch] = deque(maxlen=2)  # a device may still copy from these
         self.missed = 0  # batches that were not the ones that were read ahead
-
-    @property
-    def sequence_length(self) -> int:
-        return self.inner.sequence_length
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return self.inner.samples_per_epoch
 
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
         """See `TokenStream.batch`. Waits where the batch is not read yet; raises what reading it raised."""

@@ -10,7 +10,6 @@ rank that reads lives, and whether it still does.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections import deque
@@ -23,35 +22,29 @@ from numpy.typing import NDArray
 
 from raytron.checkpoint.files import from_json, read_file, to_json
 from raytron.checkpoint.owner import lives, this_process
-from raytron.data.batch import Batch, TokenStream, part_of
+from raytron.data.batch import Around, Batch, TokenStream, part_of
 from raytron.data.bounds import Bounds
+from raytron.data.shard_file import replacing
 from raytron.errors import CheckpointError
 
 NAME = "feed-"  # of a folder, before the number of its epoch
-READER, FAILED = "reader", "failed"  # files: who reads; that it does not any more
+READER, ENDED = "reader", "ended"  # files: who reads; that it does not any more
 SHORTEST_S, LONGEST_S = 0.001, 0.02  # between two looks for a file
 LOOK_S = 0.5  # between two looks for who reads
 
 
-class ReadOnce:
+class ReadOnce(Around):
     """The TokenStream of another one. Until `begin` it reads by itself.
 
     kept: files that stay for the others; more than any of them is behind, in requests.
     """
 
     def __init__(self, inner: TokenStream, kept: int):
-        self.inner, self.kept = inner, kept
+        super().__init__(inner)
+        self.kept = kept
         self._folder: Path | None = None
         self._leads = False
         self._given: deque[Path] = deque()
-
-    @property
-    def sequence_length(self) -> int:
-        return self.inner.sequence_length
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return self.inner.samples_per_epoch
 
     def begin(self, folder: Path, epoch: int, share: int, leads: bool) -> None:
         """From here on samples of a share of a step are read once. The same on all ranks of a node that want them, before
@@ -66,13 +59,14 @@ class ReadOnce:
             if not old.name.startswith(f"{NAME}{epoch:06d}-"):
                 shutil.rmtree(old, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
-        _put(self._folder / READER, to_json(this_process()))
+        with replacing(self._folder / READER) as temporary:
+            temporary.write_bytes(to_json(this_process()))
 
     def end(self) -> None:
         """This rank asks for nothing any more: whoever waits for it is freed."""
         if self._folder is not None and self._leads:
             with suppress(OSError):
-                (self._folder / FAILED).touch()
+                (self._folder / ENDED).touch()
 
     def batch(self, first: int, count: int, part: int = 0, parts: int = 1) -> Batch:
         """See `TokenStream.batch`. Raises ConnectionError where the rank that reads is gone or has ended."""
@@ -85,10 +79,10 @@ class ReadOnce:
     def _give(self, path: Path, start: int, stop: int) -> Batch:
         try:
             batch = self.inner.batch(start, stop - start)
-            with _beside(path).open("wb") as file:
+            with replacing(path) as temporary, temporary.open("wb") as file:
                 for part in _parts(batch):
                     np.save(file, part, allow_pickle=False)
-            _beside(path).rename(path)
+                file.flush()
         except Exception:
             self.end()
             raise
@@ -102,7 +96,7 @@ class ReadOnce:
         while True:
             with suppress(FileNotFoundError):
                 return _read(path)
-            if (path.parent / FAILED).exists():
+            if (path.parent / ENDED).exists():
                 raise ConnectionError(f"samples {path.name}: the rank that reads them for this node has ended")
             if time.monotonic() - looked > LOOK_S:
                 looked = time.monotonic()
@@ -115,11 +109,10 @@ class ReadOnce:
         try:
             reader = from_json(path.parent / READER, read_file(path.parent / READER))
         except CheckpointError:  # not there yet, or another mesh has begun
-            newer = [each for each in path.parent.parent.glob(f"{NAME}*") if each.name > path.parent.name]
-            if not newer:
-                return
-            reader = {}
-        if not reader or lives(reader) is False:
+            gone = any(each.name > path.parent.name for each in path.parent.parent.glob(f"{NAME}*"))
+        else:
+            gone = lives(reader) is False
+        if gone:
             raise ConnectionError(f"samples {path.name}: the rank that reads them for this node is gone")
 
 
@@ -139,13 +132,3 @@ def _read(path: Path) -> Batch:
     ids, tokens, labels, weights, *bounds = parts
     documents = Bounds(bounds[0], bounds[1], tokens.shape[1]) if bounds else None
     return Batch(ids, tokens, labels, weights, documents)
-
-
-def _put(path: Path, data: bytes) -> None:
-    _beside(path).write_bytes(data)
-    _beside(path).rename(path)
-
-
-def _beside(path: Path) -> Path:
-    """Where a file is until it is whole."""
-    return path.with_name(f".{path.name}-{os.getpid()}")

@@ -35,6 +35,12 @@ def test_numbers_say_where_documents_begin(columns):
     assert [bounds[row].tolist() for row in range(len(bounds))] == columns
 
 
+def test_numbers_may_begin_anywhere():
+    bounds = Bounds.of_numbers(np.array([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 3, 3]], np.int32))
+    assert [bounds[row].tolist() for row in range(2)] == [[0, 2, 5], [0]]
+    assert bounds.positions().tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
+
+
 @given(rows, st.integers(1, WIDTH))
 def test_the_first_tokens_of_each_row(columns, width):
     cut = Bounds.of_rows(columns, WIDTH).cut(width)

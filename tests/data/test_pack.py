@@ -90,7 +90,7 @@ def test_a_padded_sample_holds_one_document(dataset: Dataset) -> None:
     assert batch.labels[row].tolist() == [2, 3, 0, 0, 0, 0, 0, 0, 0]
     assert batch.weights[row].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
     assert batch.documents is not None
-    assert batch.documents[row].tolist() == [0, 3]
+    assert np.asarray(batch.documents)[row].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
 
 
 @settings(max_examples=60, deadline=None)
